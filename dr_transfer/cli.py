@@ -17,6 +17,7 @@ from dr_transfer.commands.arguments import (
     add_comparison_arguments,
     add_fold_arguments,
     add_guarantee_arguments,
+    add_network_arguments,
     add_recipe_arguments,
     add_report_arguments,
     add_resamples,
@@ -128,10 +129,8 @@ def _add_advise(commands):
         'Measure the images of a folder and recommend a plan',
         'dr_transfer advise images/messidor2 --task dr',
     )
-    for group in (add_table_arguments, add_task_arguments, add_split_arguments):
+    for group in (add_table_arguments, add_task_arguments, add_split_arguments, add_network_arguments):
         group(add)
-    add('--arch', metavar='NAME', help='backbone: see dr_transfer backbones (default: efficientnet_lite0)')
-    add('--weights', metavar='FILE', type=path_name, help="weights of the backbone from a file, or 'random'")
     add('--out', metavar='PNG', type=path_name, help='figure to write (default: the name of DATA and _advice.png)')
 
 # %% ../nbs/cli.ipynb #fd2097ec

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastai.learner import Learner
-from fastai.torch_core import set_seed
+from fastai.torch_core import default_device, set_seed
 from torch import nn
 
 # %% ../nbs/core.ipynb #9f8c5d60
@@ -32,6 +32,7 @@ from .metrics.scores import summary
 from .models.head import Head
 from .models.network import create_head, view_probs
 from dr_transfer.models.registry import (
+    AUTO,
     DEFAULT_ARCH,
     JOIN,
     find_backbone,
@@ -43,6 +44,7 @@ from dr_transfer.models.registry import (
 from .models.stages import stage_names
 from .training.average import average_weights, copied_weights
 from .training.learner import LearnerConfig, TransferLearner, make_learner, resolve
+from .training.network_choice import choose_network, usable_networks
 from .training.phases import fit_phase, phase_runs, runs_words
 from .training.plans import PLANS, choose_plan, get_plan, plan_arch
 from .training.stored import learner_features
@@ -58,11 +60,22 @@ def _fitting_task(task, spec, say) -> Task:
     say(f"size {size} instead of {task.size}: '{spec.name}' reads patches of {patch} by {patch} pixels")
     return get_task(task, size)
 
+
+def _chosen_network(train, task, plan, weights, **how) -> str:
+    "The best network on this machine for the training images; several side by side if only the head is trained"
+    if plan is None:
+        usual, _ = choose_plan(len(train), gpu=default_device().type != 'cpu')
+        plan = get_plan(usual)
+    choice = choose_network(train, task, usable_networks(task), weights, **how)
+    name = choice.chosen(joined=all(phase.frozen == -1 for phase in plan.phases))
+    how['say'](choice.words(name))
+    return name
+
 # %% ../nbs/core.ipynb #f44ba57d
 def build_learner(
     data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
     task: str | Task = 'flowers',  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
-    arch: str | list | None = None,  # Backbone, or several side by side; efficientnet_lite0
+    arch: str | list | None = None,  # Backbone; several side by side; or 'auto'
     weights: str | Path | None = None,  # None: pretrained; a file; or 'random'
     target: str | None = None,  # Name of the target; the task's first if None
     labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
@@ -91,7 +104,9 @@ def build_learner(
 
     `data` is a folder with a folder for each class, a folder with `labels.csv`, a CSV file beside its images, or a
     table from `label_table`. The images are checked, split by group (patient, photographer) with copies kept
-    together, and made into DataLoaders. Arguments that are not given come from the plan or the task.
+    together, and made into DataLoaders. Arguments that are not given come from the plan or the task, and the backbone
+    is then efficientnet_lite0. `arch='auto'` measures the networks on this machine first (some minutes), on the
+    training images only.
 
     Parameters
     ----------
@@ -100,7 +115,7 @@ def build_learner(
     task : str | Task, default 'flowers'
         'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
     arch : str | list | None, default None
-        Backbone, or several side by side; efficientnet_lite0
+        Backbone; several side by side; or 'auto'
     weights : str | Path | None, default None
         None: pretrained; a file; or 'random'
     target : str | None, default None
@@ -182,10 +197,19 @@ def build_learner(
     seed = check_seed(seed)
     plan = get_plan(plan) if plan else None
     base = plan or get_plan('head')  # the plan for arguments that are not given
-    plan_arch(base, joined_name(arch))  # raises an error if the plan needs another backbone
-    name: str = resolve(joined_name(arch), base.arch, DEFAULT_ARCH)
+    name = plan_arch(base, joined_name(arch)) or DEFAULT_ARCH
+    task = get_task(task, size)
+    task_target = task.target(target)
+    how: Any = dict(labels=labels, valid=valid, seed=seed, allow_leaks=allow_leaks, group_col=group_col)
+    table = split_data(data, task, task_target, **how)
+    report_table(table, say)
+    if name == AUTO:
+        if stage is not None:
+            raise ValueError(f"stage={stage!r} is a stage of one network, and arch='auto' chooses one: omit stage")
+        train = table[table.split == 'train']
+        name = _chosen_network(train, task, plan, weights, seed=seed, runtime=runtime, say=say)
     spec = find_backbone(name)
-    task = _fitting_task(get_task(task, size), spec, say)
+    task = _fitting_task(task, spec, say)
     task = get_task(task, augment=base.augmentation(task.augment) if augment is None else augment)
     read = head_stages(spec, task.neck, resolve(stage, base.stage), resolve(n_stages, base.n_stages))
     config = LearnerConfig(
@@ -202,14 +226,10 @@ def build_learner(
         balance=balance,
         valid=valid,
         seed=seed,
-        pool=pool,
+        pool=resolve(pool, base.pool),
         block_stages=block_stages,
     )
-    task_target = task.target(target)
     set_seed(seed, reproducible=True)
-    how: Any = dict(labels=labels, valid=valid, seed=seed, allow_leaks=allow_leaks, group_col=group_col)
-    table = split_data(data, task, task_target, **how)
-    report_table(table, say)
     return make_learner(config, task, task_target, table, **kwargs)
 
 # %% ../nbs/core.ipynb #355eef25
@@ -271,6 +291,8 @@ def _check_plan(learn, plan):
         what = f'a body that ends at stage {plan.stage!r}'
     elif plan.n_stages not in (None, r.n_stages):
         what = f'a head that reads {plan.n_stages} stages'
+    elif plan.pool not in (None, r.pool):
+        what = f"the pooling '{plan.pool}'"
     elif plan.head != 'linear' and r.head != create_head(plan.head, 1, 2).about:
         what = f"the head '{plan.head}'"
     elif not set((plan.augment or r.augment).strip('+').split('+')) <= set(r.augment.split('+')):

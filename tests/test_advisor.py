@@ -20,7 +20,7 @@ from dr_transfer.data import leaks
 from dr_transfer.data.tasks import TASKS, task_table
 from dr_transfer.features import extraction as features
 from dr_transfer.features.probes import SIMILAR, fold_interval
-from dr_transfer.training import advisor
+from dr_transfer.training import advisor, candidates
 from dr_transfer.training.advisor import advise, choose_advised, choose_scenario, plot_advice
 from dr_transfer.training.plans import LARGE, PLANS
 from dr_transfer.training.record import read_record
@@ -323,7 +323,7 @@ def test_other_validation_images_change_nothing(dots, tmp_path, one_network):
 
 
 def test_a_subset_of_many_images_keeps_groups_together(dots, read_files, monkeypatch):
-    monkeypatch.setattr(advisor, 'MAX_IMAGES', 44)
+    monkeypatch.setattr(candidates, 'MAX_IMAGES', 44)
     monkeypatch.setattr(advisor, 'LARGE', 50)
     a = advise(dots, **TINY)
     t = dots[dots.image.isin(read_files)]
@@ -338,7 +338,7 @@ def test_a_subset_of_many_images_keeps_groups_together(dots, read_files, monkeyp
 
 def test_a_subset_of_a_table(monkeypatch):
     "About the requested number of images, chosen by the seed, with complete groups and enough images of rare classes."
-    monkeypatch.setattr(advisor, 'MAX_IMAGES', 300)
+    monkeypatch.setattr(candidates, 'MAX_IMAGES', 300)
     rng = np.random.default_rng(0)
     group = np.sort(rng.integers(0, 700, 2000))
     t = pd.DataFrame(
@@ -348,7 +348,7 @@ def test_a_subset_of_a_table(monkeypatch):
             'target': np.where(group > 690, 'rare', 'usual'),
         }
     )
-    some = advisor._sample(t, 1)
+    some = candidates.training_sample(t, 1)
     assert 250 < len(some) < 380
     assert some.image.is_unique
     assert list(some.index) == list(range(len(some)))
@@ -357,10 +357,10 @@ def test_a_subset_of_a_table(monkeypatch):
     rare = some[some.target == 'rare']
     result = rare.group.fillna(rare.image).nunique()
     assert result >= 10
-    assert advisor._sample(t, 1).equals(some)
-    assert not advisor._sample(t, 2).equals(some)
-    monkeypatch.setattr(advisor, 'MAX_IMAGES', 2000)
-    assert advisor._sample(t, 1).equals(t)
+    assert candidates.training_sample(t, 1).equals(some)
+    assert not candidates.training_sample(t, 2).equals(some)
+    monkeypatch.setattr(candidates, 'MAX_IMAGES', 2000)
+    assert candidates.training_sample(t, 1).equals(t)
 
 
 # ---------------------------------------------------------------- the advice runs
@@ -421,7 +421,7 @@ def are_changed(images):
 
 def test_a_stage_with_better_features_is_found_and_used(dots, monkeypatch):
     "Only the features of the second stage depend on the class."
-    monkeypatch.setattr(advisor, 'extract_features', known_features(dots, lambda images: ('stage2',)))
+    monkeypatch.setattr(candidates, 'extract_features', known_features(dots, lambda images: ('stage2',)))
     a = advise(dots, **TINY)
     assert (a.plan.stage, a.plan.n_stages) == ('stage2', 1)
     assert ' at stage2; +0.' in str(a)
@@ -445,7 +445,7 @@ def test_a_stage_that_is_better_at_home_only_is_not_chosen(dots, monkeypatch):
     def useful(images):
         return ('stage4',) if are_changed(images) else ('stage2', 'stage4')
 
-    monkeypatch.setattr(advisor, 'extract_features', known_features(dots, useful))
+    monkeypatch.setattr(candidates, 'extract_features', known_features(dots, useful))
     a = advise(dots, **TINY)
     assert a.profile.home['stage2'] > 0.95
     assert a.profile.score['stage2'] < 0.75
@@ -464,7 +464,7 @@ def test_two_sources_are_left_out_in_turn(dots, monkeypatch):
         x.arrays['stage2'][old] *= -1
         return x
 
-    monkeypatch.setattr(advisor, 'extract_features', features)
+    monkeypatch.setattr(candidates, 'extract_features', features)
     a = advise(in_order, **TINY)
     assert a.tested == 'each of 2 sources that was left out'
     assert a.tested in str(a)
@@ -478,7 +478,39 @@ def test_a_class_of_one_source_only_is_said(dots):
     lines = []
     a = advise(dots.assign(camera=dots.label), say=lines.append, **TINY)
     assert a.tested == 'changed images'
-    assert any('stages are compared on changed images: class' in line for line in lines)
+    assert any('candidates are compared on changed images: class' in line for line in lines)
+
+
+class KnownPools(Known):
+    "Known features whose class token alone depends on the class"
+
+    def numpy(self, stages, pool):
+        x = super().numpy(stages)
+        return x if pool == 'token' else x[:, :, ::-1] * 0.0 + self.noise[:, :, : x.shape[-1]]
+
+
+@pytest.mark.parametrize('best', ['token', 'mean'])
+def test_the_pooling_of_a_transformer_is_chosen(dots, monkeypatch, best):
+    "Another than the network's own is recommended if it is significantly better."
+
+    def features(images, body, *a, pools, **k):
+        assert pools == ['mean', 'token']
+        files = [getattr(image, 'path', image) for image in images]
+        y = dots.set_index('image').label[files].eq('red').to_numpy() * 3.0
+        x = np.random.default_rng(0).standard_normal((len(y), 1, 6)) + y[:, None, None] * (best == 'token')
+        out = KnownPools(**dict.fromkeys(('stem', 'stage1', 'stage2'), x.astype(np.float32)))
+        noise = np.random.default_rng(1).standard_normal((len(y), 1, 60)) + y[:, None, None] * (best == 'mean')
+        out.noise = noise.astype(np.float32)
+        return out
+
+    monkeypatch.setattr(candidates, 'extract_features', features)
+    how = TINY | {'arch': 'test_vit', 'size': 64}
+    own = build_learner(dots, say=str, **how).record.pool
+    a = advise(dots, **how)
+    assert own in ('mean', 'token')
+    assert f'pooling: {best}, ' in str(a)
+    assert a.plan.pool == (None if best == own else best)
+    assert build_learner(dots, plan=a, say=str, **how).record.pool == best
 
 
 def marked(a):

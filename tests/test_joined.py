@@ -18,7 +18,6 @@ from dr_transfer.models.backbones import create_body, save_weights
 from dr_transfer.models.registry import find_backbone
 from dr_transfer.models.stages import layer_groups, stage_names
 from dr_transfer.models.weights import WeightsError
-from dr_transfer.training.advisor import advise
 
 pytestmark = pytest.mark.usefixtures('with_shared_cache')
 LITE = 'efficientnet_lite0+efficientnet_lite1'
@@ -137,5 +136,3 @@ def test_what_is_only_for_one_network(learn, sets, tmp_path):
         grad_cam(learn, image)
     with pytest.raises(ValueError, match='save the weights of each by itself'):
         save_weights(learn.body.stages, tmp_path / 'weights.safetensors')
-    with pytest.raises(ValueError, match=r"the advisor compares the stages of one: .*plan='head' \(--plan head\)"):
-        advise(sets / 'flowers', arch=LITE, size=64)

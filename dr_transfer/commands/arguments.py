@@ -49,6 +49,19 @@ def _fraction(
     return value
 
 
+def _positive(
+    text: str,  # As it was typed
+) -> float:
+    "Read a number above 0"
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if '_' in text or not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text[:40]}' is invalid: give a number above 0, such as 10")
+    return value
+
+
 def path_name(
     text: str,  # As it was typed
 ) -> str:
@@ -201,6 +214,35 @@ def add_training_arguments(
 
 
 @dataclass(frozen=True)
+class NetworkOptions:
+    "Which networks the advisor measures"
+
+    arch: str | None = None  # Backbone; efficientnet_lite0 if None
+    archs: list[str] | None = None  # Backbones to choose from, instead
+    minutes: float = 10.0  # Budget for the choice
+    weights: str | Path | None = None  # A file or 'random'; those of the backbone if None
+
+
+def add_network_arguments(
+    add: Callable,  # `add_argument` of a parser
+):
+    "Add the options of `NetworkOptions`"
+    add(
+        '--arch',
+        metavar='NAME',
+        help='backbone: see dr_transfer backbones; auto: one of those on this machine (default: efficientnet_lite0)',
+    )
+    add('--archs', metavar='NAME', nargs='+', help='backbones to choose from, instead of --arch')
+    add(
+        '--minutes',
+        metavar='N',
+        type=_positive,
+        help='budget for the choice of a backbone (default: %(default)s)',
+    )
+    add('--weights', metavar='FILE', type=path_name, help="weights of the backbone from a file, or 'random'")
+
+
+@dataclass(frozen=True)
 class RecipeOptions:
     "Which network, plan, head and operating point"
 
@@ -219,7 +261,10 @@ def add_recipe_arguments(
     add(
         '--arch',
         metavar='NAME',
-        help='backbone: see dr_transfer backbones; several side by side: NAME+NAME (default: efficientnet_lite0)',
+        help=(
+            'backbone: see dr_transfer backbones; several side by side: NAME+NAME; '
+            'auto: the best of those on this machine (default: efficientnet_lite0)'
+        ),
     )
     add(
         '--plan',

@@ -89,12 +89,12 @@ def _check_recipe(recipe, epochs):
     "Raise a ValueError for an unknown plan, backbone or head"
     from dr_transfer.models.balance import BALANCES
     from dr_transfer.models.network import HEADS
-    from dr_transfer.models.registry import find_backbone
+    from dr_transfer.models.registry import AUTO, find_backbone
     from dr_transfer.training.plans import get_plan
     from dr_transfer.utils.files import unknown
 
     get_plan('head' if recipe.plan in (None, 'advise') else recipe.plan, epochs)
-    if recipe.arch:
+    if recipe.arch not in (None, AUTO):
         find_backbone(recipe.arch)
     for option, value, known in (('head', recipe.head, HEADS), ('balance', recipe.balance, BALANCES)):
         if value is not None and value not in known:

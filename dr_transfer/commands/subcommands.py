@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from dr_transfer.commands.arguments import (
+    NetworkOptions,
     OutputOptions,
     RecipeOptions,
     SplitOptions,
@@ -66,7 +67,8 @@ def _build(images, found_task, task, split, training, recipe, runtime):
 
     plan = recipe.plan
     if plan == 'advise':
-        plan = _print_advice(images, found_task, task, split, recipe.arch, training.weights, runtime)
+        network = NetworkOptions(recipe.arch, weights=training.weights)
+        plan = _print_advice(images, found_task, task, split, network, runtime)
     return build_learner(
         images,
         task=found_task,
@@ -107,7 +109,10 @@ def _write_run(learn, folder, point):
     _print_decision(learn.record.decision)
 
 # %% ../../nbs/commands/04_subcommands.ipynb #60b3e6b9
-def _print_advice(images, found_task, task, split, arch, weights, runtime):
+_PRINTED = ['score', 'low', 'high', 'home', 'images_a_second']
+
+
+def _print_advice(images, found_task, task, split, network, runtime):
     "Print advice on the training images, and return it"
     from dr_transfer.models.registry import DEFAULT_ARCH
     from dr_transfer.training.advisor import advise
@@ -115,13 +120,17 @@ def _print_advice(images, found_task, task, split, arch, weights, runtime):
     advice = advise(
         images,
         found_task,
-        arch or DEFAULT_ARCH,
-        weights,
+        network.arch or DEFAULT_ARCH,
+        network.weights,
         task.target,
+        archs=network.archs,
+        minutes=network.minutes,
         valid=split.valid,
         seed=task.seed,
         runtime=runtime,
     )
+    if advice.networks:
+        print(advice.networks.table[_PRINTED].round(3).to_string())
     print(advice, flush=True)
     return advice
 
@@ -130,8 +139,7 @@ def advise(
     table: TableOptions,  # Labelled images
     task: TaskOptions = TaskOptions(),  # What is predicted
     split: SplitOptions = SplitOptions(),  # How images are split
-    arch: str | None = None,  # Backbone; efficientnet_lite0 if None
-    weights: str | Path | None = None,  # A file or 'random'; those of the backbone if None
+    network: NetworkOptions = NetworkOptions(),  # Backbone, or several to choose from
     output: OutputOptions = OutputOptions(),  # Figure to write; NAME_advice.png if not given
     runtime: str = 'auto',  # How the CPU computes: as `build_learner` takes it
 ) -> int:  # Exit code
@@ -141,7 +149,7 @@ def advise(
     out, overwrite = _output(output, table, 'advice.png')
     with new_file(out, overwrite) as file:
         found_task, _ = _find_task(task)
-        advice = _print_advice(_read_table(table), found_task, task, split, arch, weights, runtime)
+        advice = _print_advice(_read_table(table), found_task, task, split, network, runtime)
         from dr_transfer.training.advisor import plot_advice
 
         print(advice.profile.round(3).to_string())

@@ -20,9 +20,17 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .downloads import forget, hub_file, url_file
+from .downloads import cached_hub_file, forget, hub_file, url_file
 from .joined import JoinedNetworks
-from .registry import BACKBONES, JOIN, build_network, by_hand, commercial_use, find_backbone
+from dr_transfer.models.registry import (
+    BACKBONES,
+    JOIN,
+    Backbone,
+    build_network,
+    by_hand,
+    commercial_use,
+    find_backbone,
+)
 from .stages import Stages, find_stages, probe_batch, stage_names
 from .weights import WeightsError, fill, read_weights_file, table_line, weights_folders
 from ..utils.files import new_file, unknown, usual_mode
@@ -80,6 +88,19 @@ def _download(spec) -> Path:
         raise WeightsError(
             f"the weights of '{spec.name}' ({spec.file}) could not be downloaded: {e}. {advice}"
         ) from None
+
+# %% ../../nbs/models/09_backbones.ipynb #42545a34
+def at_hand(
+    spec: Backbone,  # From `find_backbone`
+) -> bool:
+    "Are the pretrained weights on this machine, so that nothing is downloaded?"
+    if spec.weights == 'none':
+        return False
+    if _find_file(spec) is not None:
+        return True
+    if spec.hub:
+        return cached_hub_file(spec.hub, _HUB_FILES) is not None
+    return False
 
 # %% ../../nbs/models/09_backbones.ipynb #56554b79
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ def _lite(i, size):
 
 DEFAULT_ARCH = 'efficientnet_lite0'  # the default of `arch=`
 JOIN = '+'  # between the names of networks side by side
+AUTO = 'auto'  # instead of a name: the best for the training images
 
 # %% ../../nbs/models/05_registry.ipynb #2a52e072
 def head_stages(
@@ -363,6 +364,13 @@ def _meta(factory):
         return timm.create_model(factory)
 
 
+def joined_stages(
+    neck: bool,  # Is the neck the last of them?
+) -> int:
+    "Number of stages that the head reads of each of several networks side by side"
+    return 3 if neck else 4
+
+
 def _joined(name) -> Backbone:
     "The description of several networks side by side, in the normalisation of the first"
     names = name.split(JOIN)
@@ -386,8 +394,8 @@ def _joined(name) -> Backbone:
         ', '.join(dict.fromkeys(part.licence for part in parts)),
         'joined',
         until=next((part.until for part in parts if part.until), ''),
-        n_stages=4,
-        with_neck=3,
+        n_stages=joined_stages(neck=False),
+        with_neck=joined_stages(neck=True),
         pretrained_on=tuple(dict.fromkeys(seen)),
     )
 
@@ -408,6 +416,10 @@ def find_backbone(
         raise unknown('backbone', name, BACKBONES, 'You can also use any name of timm or torchvision')
     if name in BACKBONES:
         return BACKBONES[name]
+    if name == AUTO:
+        raise ValueError(
+            "arch='auto' is for build_learner, advise and dr_transfer train: give the name of one backbone"
+        )
     if name.startswith(_SOURCES):
         source, _, rest = name.partition(':')
         return _of_folder(name, rest) if source == 'local-dir' else _of_hub(name, rest)

@@ -15,15 +15,13 @@ import pandas as pd
 from fastai.torch_core import default_device
 from matplotlib.figure import Figure
 
-from ..data.acquisition import one_change_each
 from ..data.columns import group_errors
 from ..data.leaks import split_data
-from ..data.sources import SourceError, image_sources, source_folds
 from ..data.table import report_table
 from ..data.tasks import Task, get_task
 from ..data.views import VIEWS
 from ..features.classifiers import grouped_folds
-from ..features.extraction import Features, extract_features, whole_body
+from ..features.extraction import Features, whole_body
 from dr_transfer.features.probes import (
     SIMILAR,
     depth_profile,
@@ -32,9 +30,13 @@ from dr_transfer.features.probes import (
     plot_depth_profile,
     stage_gain,
 )
+from ..models.backbones import create_body
+from ..models.joined import JoinedNetworks
 from ..models.network import make_body
-from ..models.registry import DEFAULT_ARCH, JOIN, head_stages
-from ..models.stages import Stages
+from ..models.registry import AUTO, DEFAULT_ARCH, JOIN, find_backbone, head_stages, nearest_size
+from ..models.stages import Stages, known_pools
+from .candidates import images_to_test, sample_groups, training_sample
+from .network_choice import MINUTES, NetworkChoice, check_networks, choose_network, usable_networks
 from .plans import HEAD_PASSES, LARGE, PLANS, Plan, choose_plan
 from ..utils.files import plain_text
 
@@ -54,12 +56,14 @@ class Advice:
     speed: pd.DataFrame  # From `learning_speed`
     stages: str  # Row of `profile` with the recommended stages
     plans: pd.DataFrame  # Rows 'advised', 'default': metric, interval, passes
+    networks: NetworkChoice | None = None  # The networks that were compared, if there were several
 
     def __str__(self):
         return '\n'.join(
             [
                 f'scenario: {self.scenario}',
                 *self.reasons,
+                *([self.networks.words(self.plan.arch)] if self.networks else []),
                 f"advice: plan '{self.plan.name}', {self.plan.about}",
                 *_plans_words(self.plans, self.tested),
                 f'confidence: {self.confidence}',
@@ -99,6 +103,57 @@ def _choose_stage(profile, candidates, default) -> tuple[str, str]:
         return best, f'{gain:+.3f} [{low:+.3f}, {high:+.3f}] against {default}'
     return default, 'no other stage is significantly better'
 
+# %% ../../nbs/training/02_advisor.ipynb #2c31bfa5
+@dataclass(frozen=True)
+class _Pooled:
+    "Features in one pooling"
+
+    features: Features
+    pool: str
+
+    def __len__(self):
+        return len(self.features)
+
+    @property
+    def stages(self) -> dict:
+        return self.features.stages
+
+    def numpy(self, names):  # (images, views, channels)
+        "Features of one or more stages"
+        if self.pool != 'both':
+            return self.features.numpy(names, self.pool)
+        return np.concatenate([self.features.numpy(names, pool) for pool in ('token', 'mean')], -1)
+
+
+def _pools(body) -> tuple:
+    "The ways of pooling that are compared, the network's own first; empty if there is one"
+    own = body.stages.pool
+    return (own, *(p for p in ('mean', 'token', 'both') if p != own)) if 'both' in known_pools(body.stages) else ()
+
+
+def _in_pool(features, pool):
+    "Features in one pooling; as they are if there is one"
+    return _Pooled(features, pool) if pool else features
+
+
+def _profile(f, arguments, pool, y, stages, kw) -> pd.DataFrame:
+    "The depth profile in one pooling, with the score at home"
+    how = {name: _in_pool(value, pool) if name == 'tested' else value for name, value in arguments.items()}
+    own = _in_pool(f, pool)
+    profile = depth_profile(own, y, stages=stages, **how, **kw)
+    profile['home'] = depth_profile(own, y, stages=stages, **kw).score
+    return profile
+
+
+def _choose_pool(pools, profile_of, chosen) -> tuple[str, pd.DataFrame]:
+    "The pooling of the chosen stages, and a row for each other one; `profile_of` makes the profile of a pooling"
+    tables = {pool: profile_of(pool) for pool in pools}
+    table = pd.concat([t.rename(index={chosen: pool}) for pool, t in tables.items()])
+    folds = {pool: t.attrs['folds'][chosen] for pool, t in tables.items()}
+    table.attrs = {**tables[pools[0]].attrs, 'folds': folds}
+    best, _ = _choose_stage(table, {}, pools[0])
+    return best, table
+
 # %% ../../nbs/training/02_advisor.ipynb #03611f33
 def choose_scenario(
     n: int,  # Number of training images
@@ -114,19 +169,21 @@ def choose_advised(
     last: str,  # Last stage of the head
     n_stages: int,  # Number of stages that the head reads
     own: bool,  # Are these the default stages of the backbone?
+    joined: bool = False,  # Are there several networks side by side, which stay frozen?
 ) -> Plan:
     "The plan for a scenario: fine-tuning for a large set, or else a head on the measured stages"
-    plan = PLANS['fine_tune_averaged' if 'large' in scenario else 'head']
-    return (
-        plan
-        if own or 'large' in scenario
-        else replace(
-            plan,
-            name=f'head_{last}_{n_stages}',
-            about=f'a linear classifier on {n_stages} stages up to {last}',
-            stage=last,
-            n_stages=n_stages,
-        )
+    if joined:
+        return PLANS['head']
+    if 'large' in scenario:
+        return PLANS['fine_tune_averaged']
+    if own:
+        return PLANS['head']
+    return replace(
+        PLANS['head'],
+        name=f'head_{last}_{n_stages}',
+        about=f'a linear classifier on {n_stages} stages up to {last}',
+        stage=last,
+        n_stages=n_stages,
     )
 
 # %% ../../nbs/training/02_advisor.ipynb #5be1d7a4
@@ -175,79 +232,18 @@ def _plan_words(role, row, tested) -> str:
     passes = f'{row["forward passes"]} forward and {row["training passes"]} training passes of each training image'
     return f"{role} plan '{row.plan}': {score}; {passes}"
 
-# %% ../../nbs/training/02_advisor.ipynb #e9d0037b
-@dataclass(frozen=True)
-class _Scoring:
-    "On what the candidates are tested"
-
-    features: Features  # Of the training images
-    tested: str  # In words
-    arguments: dict  # Arguments of `depth_profile`
-
-
-def _sources_to_leave_out(t, say) -> np.ndarray | None:
-    "Source of each image; None if there are not two, or if one has a class of its own"
-    sources = image_sources(t)
-    if sources is None or sources.nunique() < 2:
-        return None
-    try:
-        source_folds(t.target, sources)
-    except SourceError as e:
-        say(f'stages are compared on changed images: {e}')
-        return None
-    return sources.to_numpy()
-
-
-def _scoring(t, body, task, say) -> _Scoring:
-    "Compute the features of a table of images, and of changed copies if there is one source"
-
-    def features(images, label):
-        return extract_features(images, body, task.size, task.reader, task.fit, label=label)
-
-    images = t.image.tolist()
-    own = features(images, 'features')
-    sources = _sources_to_leave_out(t, say)
-    if sources is not None:
-        return _Scoring(own, f'each of {len(set(sources))} sources that was left out', {'sources': sources})
-    changed = features(one_change_each(images), 'features of changed images')
-    return _Scoring(own, 'changed images', {'tested': changed})
-
-# %% ../../nbs/training/02_advisor.ipynb #d59c57ac
-MAX_IMAGES = 1500  # maximum number of images in the sample
-
-
-def _sample(t, seed) -> pd.DataFrame:
-    "A sample of about `MAX_IMAGES` images, with groups kept together and at least ten groups of each class"
-    groups = t.group.where(t.group.notna(), t.image)
-    code = groups.groupby(groups).ngroup().to_numpy()
-    n = code.max() + 1
-    rank = pd.Series(np.random.default_rng(seed).permutation(n)[code], t.index)
-    chosen = (rank < MAX_IMAGES / len(t) * n) | (rank.groupby(t.target).rank('dense') <= 10)
-    return t[groups.isin(groups[chosen])].reset_index(drop=True)
-
-
-def _groups(t):
-    return t.group.to_numpy() if t.group.notna().any() else None
-
-# %% ../../nbs/training/02_advisor.ipynb #730aac5f
-def _check_single(arch):
-    "Raise a ValueError for several networks side by side"
-    if JOIN in arch:
-        raise ValueError(
-            f"arch='{arch}' are several networks, and the advisor compares the stages of one: give one name, or train "
-            "on them with plan='head' (--plan head)"
-        )
-
 # %% ../../nbs/training/02_advisor.ipynb #220d881f
 def advise(
     data: str | Path | pd.DataFrame,  # Folder, CSV or table of images
     task: str | Task = 'flowers',  # 'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
-    arch: str = DEFAULT_ARCH,  # Backbone: registry, timm or torchvision
+    arch: str = DEFAULT_ARCH,  # Backbone; 'auto' compares those on this machine
     weights: str | Path | None = None,  # None: pretrained; a file; or 'random'
     target: str | None = None,  # Name of the target; the task's first if None
     labels: str | Path | pd.DataFrame | None = None,  # CSV of labels beside a folder
     size: int | None = None,  # Height and width in pixels; the task's if None
     *,
+    archs: list | None = None,  # Backbones to choose from, instead of `arch`
+    minutes: float = MINUTES,  # Budget for their comparison
     valid: float = 0.2,  # Fraction of validation images, which are not used
     seed: int = 42,  # Random seed of the split, as in `build_learner`, and the folds
     runtime: str = 'auto',  # Memory format and precision on the CPU, or 'plain'
@@ -266,7 +262,7 @@ def advise(
     task : str | Task, default 'flowers'
         'flowers', 'dr', 'ct_nodes', 'ct_lungs', or your own
     arch : str, optional
-        Backbone: registry, timm or torchvision
+        Backbone; 'auto' compares those on this machine
     weights : str | Path | None, default None
         None: pretrained; a file; or 'random'
     target : str | None, default None
@@ -275,6 +271,10 @@ def advise(
         CSV of labels beside a folder
     size : int | None, default None
         Height and width in pixels; the task's if None
+    archs : list | None, default None
+        Backbones to choose from, instead of `arch`
+    minutes : float, optional
+        Budget for their comparison
     valid : float, default 0.2
         Fraction of validation images, which are not used
     seed : int, default 42
@@ -316,43 +316,81 @@ def advise(
     """
     task = get_task(task, size)
     target = task.target(target)
-    _check_single(arch)
-    stages = whole_body(arch, weights)
+    if arch == AUTO and archs is None:
+        archs = usable_networks(task)
+    # names and weights are checked before images are read
+    stages = _measured_stages(arch, weights, task) if archs is None else check_networks(archs, weights)
     # the validation images are not used
     t = split_data(data, task, target, labels, valid, seed, allow_leaks=True, group_col=group_col)
     report_table(t, say)
     t = t[t.split == 'train']
-    sample = _sample(t, seed)
+    sample = training_sample(t, seed)
     counts = t.target.value_counts()
     with group_errors(sample):
         # raises an error before the features are computed, if there are too few groups
-        grouped_folds(sample.target, _groups(sample), seed=seed)
+        grouped_folds(sample.target, sample_groups(sample), seed=seed)
+    networks = None
+    if archs is not None:
+        how = dict(minutes=minutes, seed=seed, runtime=runtime, say=say)
+        networks = choose_network(t, task, archs, weights, **how)
+        arch = networks.chosen(joined=len(t) < LARGE)
+        stages = _measured_stages(arch, weights, task)
+    task = get_task(task, nearest_size(stages.spec, task.size))
     body = make_body(stages, task.size, runtime)
-    scoring = _scoring(sample, body, task, say)
-    advice = _advice(sample, counts, scoring, body, task, seed)
+    advice = _advice(sample, counts, images_to_test(sample, say), body, task, seed)
     plan = replace(advice.plan, arch=arch, weights=weights and str(weights))  # measured on this network
-    return replace(advice, plan=plan)
+    return replace(advice, plan=plan, networks=networks)
 
 # %% ../../nbs/training/02_advisor.ipynb #c89aebb7
-def _advice(t, counts, scoring, body, task, seed) -> Advice:
-    "Make advice from the table of images, the class counts, and the features of a body"
-    f = scoring.features
-    spec = body.stages.spec
-    kw = dict(groups=_groups(t), seed=seed)
-    repeats = 1 if len(t) >= 1000 else 3
-    candidates = _candidates(f.stages) if isinstance(body.stages, Stages) else {'last': ('last', 1)}
-    own = _default_stages(f.stages, spec, task.neck)
-    default = '+'.join(own)
-    candidates[default] = (own[-1], len(own))
+def _measured_stages(arch, weights, task):
+    "A network with every stage, or several side by side as the head reads them"
+    spec = find_backbone(arch)
+    size = nearest_size(spec, task.size)
+    if JOIN not in spec.name:
+        return whole_body(arch, weights, size)
+    last, n_stages = head_stages(spec, task.neck)
+    return create_body(arch, weights, n_stages, last, size=size)
+
+
+def _compared_stages(f, stages, neck) -> tuple[dict, tuple]:
+    "Row of the depth profile -> (last stage, number of stages); and the names of the default stages"
+    if isinstance(stages, JoinedNetworks):  # each network, and all of them
+        own = tuple(f.stages)
+        return {name: (name, 1) for name in own} | {JOIN.join(own): (own[-1], len(own))}, own
+    own = _default_stages(f.stages, stages.spec, neck)
+    candidates = _candidates(f.stages) if isinstance(stages, Stages) else {'last': ('last', 1)}
+    return candidates | {JOIN.join(own): (own[-1], len(own))}, own
+
+
+def _scores_words(table) -> str:
+    "The score of each row, in words"
+    return ', '.join(f'{name} {score:.3f}' for name, score in table.score.items())
+
+
+def _advice(t, counts, compared, body, task, seed) -> Advice:
+    "Make advice from the table of images, the class counts, the images to test on, and a body"
+    pools = _pools(body)
+    f, arguments = compared.features(body, task, pools=['mean', 'token'] if pools else None)
+    joined = isinstance(body.stages, JoinedNetworks)
+    candidates, own = _compared_stages(f, body.stages, task.neck)
+    default = JOIN.join(own)
+    kw = dict(groups=sample_groups(t), seed=seed)
+    repeated = kw | {'repeats': 1 if len(t) >= 1000 else 3}
+    pool = pools[0] if pools else None
     stages = [_last_stages(f.stages, *p) if p[1] > 1 else p[0] for p in candidates.values()]
-    profile = depth_profile(f, t.target, stages=stages, repeats=repeats, **scoring.arguments, **kw)
-    profile['home'] = depth_profile(f, t.target, stages=stages, repeats=repeats, **kw).score
-    chosen, why = _choose_stage(profile, candidates, default)
-    speed = learning_speed(f, t.target, stages=_last_stages(f.stages, *candidates[chosen]), **kw)
+    profile = _profile(f, arguments, pool, t.target, stages, repeated)
+    chosen, why = (default, 'the networks side by side') if joined else _choose_stage(profile, candidates, default)
+    read = _last_stages(f.stages, *candidates[chosen])
+    if pools:
+        pool, of_pools = _choose_pool(pools, lambda p: _profile(f, arguments, p, t.target, [read], repeated), chosen)
+        why = f'{why}; pooling: {pool}, {_scores_words(of_pools)}'
+    speed = learning_speed(_in_pool(f, pool), t.target, stages=read, **kw)
     distance = domain_distance(body, t.image.tolist(), reader=task.reader, fit=task.fit, seed=seed)
     scenario = choose_scenario(counts.sum(), distance)
-    plan = choose_advised(scenario, *candidates[chosen], chosen == default)
-    reasons = _reasons(counts, len(t), distance, profile, chosen, f'{why}; tested on {scoring.tested}', speed)
+    plan = choose_advised(scenario, *candidates[chosen], chosen == default, joined)
+    if pools and pool != pools[0]:
+        plan = replace(plan, pool=pool)
+    reasons = _reasons(counts, len(t), distance, profile, chosen, f'{why}; tested on {compared.words}', speed)
     usual, _ = choose_plan(int(counts.sum()), gpu=default_device().type != 'cpu')
     plans = _plan_rows({'advised': (plan, chosen), 'default': (PLANS[usual], default)}, default, profile, task)
     return Advice(
@@ -363,7 +401,7 @@ def _advice(t, counts, scoring, body, task, seed) -> Advice:
         counts=counts.to_dict(),
         distance=distance,
         profile=profile,
-        tested=scoring.tested,
+        tested=compared.words,
         speed=speed,
         stages=chosen,
         plans=plans,

@@ -18,7 +18,7 @@ from ..data.augment import views_of
 from ..models.backbones import create_body
 from ..models.head import Head
 from ..models.network import HEADS, create_head, get_head, head_inputs
-from ..models.registry import find_backbone
+from ..models.registry import AUTO, find_backbone
 from ..models.stages import layer_groups
 from ..utils.files import unknown
 from ..utils.schema import LATER
@@ -101,6 +101,7 @@ class Plan:
     augment: str | None = None  # Augmentation; '+NAME' adds to the task's; None: the task's
     arch: str | None = None  # Backbone, if the plan needs a certain one
     weights: str | None = None  # 'random' for random initialisation
+    pool: str | None = field(default=None, metadata={LATER: True})  # Of a transformer; its own if None
     average: bool = field(default=False, metadata={LATER: True})  # Average the weights before and after?
 
     def __post_init__(self):
@@ -129,7 +130,7 @@ def plan_arch(
     arch: str | None = None,  # Requested backbone
 ) -> str | None:  # Name of the backbone; None if none is given
     "The backbone for a plan; ValueError if the plan needs another one than requested"
-    if plan.arch is None or arch is None or find_backbone(arch).name == plan.arch:
+    if plan.arch is None or arch in (None, AUTO) or find_backbone(arch).name == plan.arch:
         return plan.arch or arch
     raise ValueError(
         f"plan '{plan.name}' needs the backbone '{plan.arch}', not arch='{arch}' (--arch {arch}): "
@@ -205,27 +206,26 @@ def get_plan(
 
 # %% ../../nbs/training/01_plans.ipynb #b6912de3
 @lru_cache(maxsize=16)
-def _parameters(arch, stage, n_stages, head, n_out, size) -> list:
+def _parameters(arch, plan, n_out, size) -> list:
     "Number of weights in each group, the head last"
-    body = create_body(arch, 'random', n_stages, stage)
-    net = create_head(head, head_inputs(body, head, size), n_out)
+    body = create_body(arch, 'random', plan.n_stages, plan.stage, size=size, pool=plan.pool)
+    net = create_head(plan.head, head_inputs(body, plan.head, size), n_out)
     return [sum(p.numel() for p in ps) for ps in (*layer_groups(body).values(), list(net.parameters()))]
 
 
 def _sizes(learn, plan) -> list:
     "Number of weights in each group for a plan, on a learner or on a backbone by name"
     if isinstance(learn, str):
-        return _parameters(plan.arch or learn, plan.stage, plan.n_stages, plan.head, 2, 224)
+        return _parameters(plan.arch or learn, plan, 2, 224)
     own = (
         plan.arch in (None, learn.record.arch)
         and plan.stage is None
         and plan.n_stages is None
+        and plan.pool in (None, learn.record.pool)
         and plan.head == 'linear'
     )
     if not own:
-        return _parameters(
-            plan.arch or learn.record.arch, plan.stage, plan.n_stages, plan.head, learn.dls.c, learn.task.size
-        )
+        return _parameters(plan.arch or learn.record.arch, plan, learn.dls.c, learn.task.size)
     return [
         sum(p.numel() for p in ps) for ps in (*layer_groups(learn.body.stages).values(), list(learn.head.parameters()))
     ]
