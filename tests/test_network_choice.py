@@ -16,6 +16,7 @@ from dr_transfer.models.registry import JOIN, find_backbone
 from dr_transfer.training import candidates, network_choice, plans
 from dr_transfer.training.advisor import advise
 from dr_transfer.training.network_choice import check_networks, choose_network, usable_networks
+from dr_transfer.training.record import read_record
 
 pytestmark = pytest.mark.usefixtures('with_shared_cache')
 NETWORKS = ['test_resnet', 'squeezenet1_1', 'small_cnn']
@@ -246,3 +247,18 @@ def test_the_command(flowers, tmp_path):
     assert (tmp_path / 'a.png').exists()
     for wrong in (('--minutes', '0'), ('--minutes', 'soon')):
         assert 'give a number above 0' in error_line(*words, '--archs', *NETWORKS[:2], *wrong, start='')
+
+
+def test_folds_have_one_network(flowers):
+    "Else each fold would have its own."
+    message = error_line('cross-validate', flowers, '--arch', 'auto')
+    assert 'dr_transfer advise --arch auto' in message
+
+
+def test_the_options_of_a_transformer(flowers, tmp_path):
+    words = ('--arch', 'test_vit', '--weights', 'random', '--size', 64, '--plan', 'head', '--runtime', 'plain')
+    good('train', flowers, *words, '--pool', 'both', '--block-stages', 3, '--out', tmp_path / 'run')
+    record = read_record(tmp_path / 'run' / 'record.json')
+    assert (record.pool, record.block_stages) == ('both', 3)
+    message = error_line('train', flowers, *words, '--pool', 'most', '--out', tmp_path / 'other')
+    assert "unknown pool of test_vit 'most'" in message

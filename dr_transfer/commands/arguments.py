@@ -252,6 +252,8 @@ class RecipeOptions:
     balance: str = 'none'  # Of classes: 'none', 'weights' or 'sampling'
     sensitivity: float | None = None  # To reach on the validation images
     specificity: float | None = None  # To reach instead
+    pool: str | None = None  # Of a transformer: 'mean', 'token' or 'both'; its own if None
+    block_stages: int | None = None  # Number of stages that transformer blocks form
 
 
 def add_recipe_arguments(
@@ -289,6 +291,8 @@ def add_recipe_arguments(
         type=_fraction,
         help='operating point: specificity on the validation images, instead of a sensitivity',
     )
+    add('--pool', metavar='NAME', help='of a transformer: mean, token or both (default: its own)')
+    add('--block-stages', metavar='N', type=whole_number(1), help='stages that transformer blocks form (default: 4)')
 
 # %% ../../nbs/commands/01_arguments.ipynb #80584c81
 @dataclass(frozen=True)

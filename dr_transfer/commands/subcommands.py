@@ -83,6 +83,8 @@ def _build(images, found_task, task, split, training, recipe, runtime):
         allow_leaks=split.allow_leaks,
         head=recipe.head,
         balance=recipe.balance,
+        pool=recipe.pool,
+        block_stages=recipe.block_stages,
     )
 
 

@@ -128,12 +128,19 @@ def cross_validate(
 # %% ../../nbs/commands/05_validation.ipynb #c9d14d12
 def _check_cross(task, training, recipe):
     "Raise a ValueError for a recipe that cannot be cross-validated"
+    from dr_transfer.models.registry import AUTO
+
     _find_task(task)
     _check_recipe(recipe, training.epochs)
     if recipe.plan == 'advise':
         raise ValueError(
             '--plan advise: advice is for a single training, not for folds. '
             'Run dr_transfer advise, and give the recommended plan'
+        )
+    if recipe.arch == AUTO:
+        raise ValueError(
+            '--arch auto: a network is chosen for a single training, not for folds. '
+            'Run dr_transfer advise --arch auto, and give the recommended network'
         )
 
 
@@ -159,6 +166,8 @@ def _cross_evaluation(images, task, training, recipe, options, runtime):
         runtime=runtime,
         head=recipe.head,
         balance=recipe.balance,
+        pool=recipe.pool,
+        block_stages=recipe.block_stages,
     )
     t = cross_validate(images, found_task, task.target, by=options.by, **how)
     classes = target.class_set(table_classes(t))

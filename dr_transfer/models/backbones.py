@@ -227,7 +227,7 @@ def _is_resized(net, spec, size) -> bool:
 def _checked_pool(body, pool) -> str:
     if not isinstance(body, Stages):
         if pool not in (None, 'mean'):
-            raise ValueError(f"pool='{pool}': '{body.spec.name}' pools its features itself. Leave it out")
+            raise ValueError(f"pool='{pool}' (--pool): '{body.spec.name}' pools its features itself. Leave it out")
         return 'mean'
     if pool is None:
         return body.spec.pool or body.layout.default_pool

@@ -277,7 +277,9 @@ def _group_sizes(shapes, n, name) -> list[int]:
     "Number of blocks in each stage: equal if their number `n` is given, otherwise up to each change of shape, or 4"
     n_blocks = len(shapes)
     if n is not None and not 1 <= n <= n_blocks:
-        raise ValueError(f"block_stages={n}: the {n_blocks} blocks of '{name}' can form 1 to {n_blocks} stages")
+        raise ValueError(
+            f"block_stages={n} (--block-stages): the {n_blocks} blocks of '{name}' can form 1 to {n_blocks} stages"
+        )
     starts = [i for i in range(1, n_blocks) if shapes[i] != shapes[i - 1]]
     if n is None and starts:
         return np.diff([0, *starts, n_blocks]).tolist()
@@ -340,7 +342,9 @@ def find_chain(
     if spec.library == 'timm' and has_blocks:
         return _chain_of_blocks(net, spec, x, calls, block_stages)
     if block_stages is not None:
-        raise ValueError(f"block_stages={block_stages}: '{spec.name}' has no blocks of a transformer. Leave it out")
+        raise ValueError(
+            f"block_stages={block_stages} (--block-stages): '{spec.name}' has no blocks of a transformer. Leave it out"
+        )
     return _chain_of_units(net, spec, x, calls)
 
 # %% ../../nbs/models/08_stages.ipynb #861628ba
