@@ -129,12 +129,14 @@ def test_hiera_maps_are_those_of_timm(sets):
 
 @pytest.mark.parametrize('n', [0, 5, -1])
 def test_more_stages_than_blocks(n):
-    with pytest.raises(ValueError, match=f'block_stages={n}: the 4 blocks of .small_vit. can form 1 to 4 stages'):
+    with pytest.raises(
+        ValueError, match=f'block_stages={n} .--block-stages.: the 4 blocks of .small_vit. can form 1 to 4 stages'
+    ):
         create_body('small_vit', 'random', block_stages=n)
 
 
 def test_stages_of_blocks_for_a_network_without_blocks():
-    with pytest.raises(ValueError, match="block_stages=2: 'test_resnet' has no blocks"):
+    with pytest.raises(ValueError, match=r"block_stages=2 .--block-stages.: 'test_resnet' has no blocks"):
         create_body('test_resnet', 'random', block_stages=2)
 
 

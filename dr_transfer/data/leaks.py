@@ -24,6 +24,7 @@ from .content import fill_stores, image_data, unreadable
 from .fundus import READING, plain_reader, read_image
 from .images import image_header
 from .known_sets import seen_words
+from .near_pairs import HASH_BITS, MAX_COPY_BITS, near_pairs, signs
 from .source import ImageError, source_name
 from .split import SplitError, split_advice
 from .table import KNOWN
@@ -35,7 +36,7 @@ from ..utils.files import cache_folder, package_version, progress
 from ..utils.store import ArrayStore, stored_array
 
 # %% ../../nbs/data/22_leaks.ipynb #28f7cd6b
-_HASHED_SIZE, HASH_BITS = 96, 256  # size of the hashed image in pixels, bits of the hash
+_HASHED_SIZE = 96  # size of the hashed image in pixels
 
 
 def _fine_detail(
@@ -62,33 +63,6 @@ def detail_hash(
         return np.zeros(HASH_BITS // 8, np.uint8)
     bits = imagehash.phash(detail, hash_size=16).hash
     return np.packbits(bits)
-
-# %% ../../nbs/data/22_leaks.ipynb #0f1ce22a
-MAX_COPY_BITS = 40  # bits that may differ between near copies, of 256
-
-
-def _signs(hashes) -> np.ndarray:
-    "Convert bits to -1 and 1, so that a product counts equal bits; zeros for images of one colour"
-    bits = np.unpackbits(hashes, axis=1).astype(np.float32)
-    return (bits * 2 - 1) * hashes.any(1)[:, None]
-
-
-def near_pairs(
-    hashes: np.ndarray,  # uint8 (n, 32), from `detail_hash`
-    max_bits: int = MAX_COPY_BITS,  # Bits that may differ, 0 to 127
-) -> np.ndarray:  # (pairs, 3): two rows, the first lower, and the bits that differ
-    "Find all pairs of images whose hashes differ in few bits, except images of one colour"
-    if not 0 <= max_bits < HASH_BITS // 2:
-        raise ValueError(f'max_bits={max_bits}: give 0 to {HASH_BITS // 2 - 1} bits')
-    x = _signs(hashes)
-    found = [np.zeros((0, 3), np.int64)]
-    for a in range(0, len(x), 1000):
-        alike = x[a : a + 1000] @ x[a:].T
-        i, j = np.nonzero(alike >= HASH_BITS - 2 * max_bits)
-        differ = (HASH_BITS - alike[i, j]) / 2
-        pairs = np.c_[a + i, a + j, differ]
-        found.append(pairs[j > i].astype(np.int64))
-    return np.concatenate(found)
 
 # %% ../../nbs/data/22_leaks.ipynb #fc2b12b7
 _HASH_BATCH = 16  # images in a batch
@@ -163,8 +137,8 @@ def nearest_bits(
     if not len(sources) or not len(others):
         return np.full(len(sources), HASH_BITS)
     hashes, _ = image_hashes(sources, reader, folder)
-    x = _signs(hashes)
-    known = _signs(others).T
+    x = signs(hashes)
+    known = signs(others).T
     alike = np.concatenate([(x[a : a + 1000] @ known).max(1) for a in range(0, len(x), 1000)])
     return np.where(x.any(1), (HASH_BITS - alike) / 2, HASH_BITS).astype(int)
 
