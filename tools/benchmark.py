@@ -462,15 +462,34 @@ def fundus(root, rounds=7):
     return out
 
 
-def copies(root, n=100_000):
-    "Measure the search for near copies."
-    from dr_transfer.data.leaks import near_pairs
+def copies(root):
+    "Measure the search for near copies: its time, and which pairs it finds among random hashes and real photographs."
+    from dr_transfer.data.near_pairs import near_pairs
 
-    hashes = np.random.default_rng(0).integers(0, 256, (n, 32), dtype=np.uint8)
-    hashes[-500:] = hashes[:500] ^ np.packbits(np.arange(256) < 30)
-    t, pairs = seconds(lambda: near_pairs(hashes))
-    assert len(pairs) == 500
-    return [(f'near copies among {n} hashes: seconds', t, 'all pairs are compared')]
+    out = []
+    for n in (100_000, 1_000_000):
+        hashes = np.random.default_rng(0).integers(0, 256, (n, 32), dtype=np.uint8)
+        hashes[-500:] = hashes[:500] ^ np.packbits(np.arange(256) < 40)
+        t, pairs = seconds(partial(near_pairs, hashes))
+        out.append((f'near copies among {n} hashes: seconds', t, f'{len(pairs)} of 500 pairs of 40 bits were found'))
+    return out + [real_copies(root, name) for name in ('flowers', 'dr/messidor2', 'dr/idrid', 'dr/eyepacs')]
+
+
+def real_copies(root, name) -> tuple:
+    "Share of the near pairs of photographs that bit sampling finds; some are made by changing bits"
+    from dr_transfer.data.leaks import image_hashes
+    from dr_transfer.data.near_pairs import MAX_COPY_BITS, bit_sampling, each_with_each
+    from dr_transfer.data.table import label_table
+
+    own, _ = image_hashes(label_table(root / name, verify=False).image.tolist())
+    rng = np.random.default_rng(0)
+    masks = [np.packbits(rng.permutation(256) < bits) for bits in np.arange(len(own)) % 50]
+    hashes = np.concatenate([own, own ^ np.stack(masks)])
+    exact = {tuple(pair) for pair in each_with_each(hashes, MAX_COPY_BITS).tolist()}
+    found = {tuple(pair) for pair in bit_sampling(hashes, MAX_COPY_BITS).tolist()}
+    assert found <= exact
+    share = len(found) / len(exact)
+    return f'near copies among photographs, {name}: share that is found', share, f'{len(found)} of {len(exact)} pairs'
 
 
 PARTS = {f.__name__: f for f in (extract, head, tail, steps, scale, fundus, copies)}

@@ -30,7 +30,10 @@ def signs(
     return (bits * 2 - 1) * hashes.any(1)[:, None]
 
 
-def _each_with_each(hashes, max_bits) -> np.ndarray:
+def each_with_each(
+    hashes: np.ndarray,  # uint8 (n, 32)
+    max_bits: int,  # Bits that may differ
+) -> np.ndarray:  # (pairs, 3): two rows, the first lower, and the bits that differ
     "All near pairs of hashes, by comparing each with each"
     x = signs(hashes)
     found = [np.zeros((0, 3), np.int64)]
@@ -81,8 +84,12 @@ def _near(words, a, b, max_bits) -> np.ndarray:
     return np.c_[pairs, differ[near]]
 
 
-def _by_samples(hashes, max_bits, n_samples, k) -> np.ndarray:
+def bit_sampling(
+    hashes: np.ndarray,  # uint8 (n, 32)
+    max_bits: int,  # Bits that may differ
+) -> np.ndarray:  # (pairs, 3): two rows, the first lower, and the bits that differ
     "Near pairs of hashes, by comparing those that agree in random bits"
+    k, n_samples = _n_samples(len(hashes), max_bits)
     words = np.ascontiguousarray(np.ascontiguousarray(hashes).view(np.uint64).T)
     columns = np.ascontiguousarray(hashes.T)
     rng = np.random.default_rng(0)
@@ -107,9 +114,6 @@ def near_pairs(
     if not 0 <= max_bits < HASH_BITS // 2:
         raise ValueError(f'max_bits={max_bits}: give 0 to {HASH_BITS // 2 - 1} bits')
     rows = np.flatnonzero(hashes.any(1))
-    if len(rows) <= _EACH:
-        pairs = _each_with_each(hashes[rows], max_bits)
-    else:
-        k, n_samples = _n_samples(len(rows), max_bits)
-        pairs = _by_samples(hashes[rows], max_bits, n_samples, k)
+    search = each_with_each if len(rows) <= _EACH else bit_sampling
+    pairs = search(hashes[rows], max_bits)
     return np.c_[rows[pairs[:, :2]], pairs[:, 2]]
