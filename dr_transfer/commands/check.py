@@ -6,6 +6,7 @@
 __all__ = ['check']
 
 # %% ../../nbs/commands/07_check.ipynb #a272fb13
+from dataclasses import dataclass
 from pathlib import Path
 
 from .arguments import OutputOptions, TableOptions
@@ -22,6 +23,14 @@ from dr_transfer.commands.shared import (
 )
 
 # %% ../../nbs/commands/07_check.ipynb #79d0320b
+@dataclass(frozen=True)
+class CheckOptions:
+    "How the images of a site are compared"
+
+    patient: str | None = None  # Column of the patients in a CSV file or manifest; a usual one if None
+    resamples: int = 500  # Bootstrap resamples for the intervals
+
+
 _TOO_DIFFERENT = 3  # exit code
 
 
@@ -115,7 +124,7 @@ def _with_groups(table, patient) -> tuple:
     return table, source.line(groups)
 
 # %% ../../nbs/commands/07_check.ipynb #9a63283cbaf04dbcab1f6479b197f3a8
-def _check_images(model, images, patient, resamples, runtime):
+def _check_images(model, images, options, runtime):
     "Compare images, or a table in which they are described"
     from dr_transfer.data.table import file_groups
     from dr_transfer.evaluation.site_check import SiteImages, check_site, check_table
@@ -125,16 +134,16 @@ def _check_images(model, images, patient, resamples, runtime):
 
     table = _described_before(model, images[0]) if len(images) == 1 else None
     loaded = _load(model, runtime)
-    known = read_reference(model), read_validation(model), resamples
+    known = read_reference(model), read_validation(model), options.resamples
     if table is None and not _needs_rows(images, None, None):
         files = gather_images(images)
-        site = SiteImages(files, *file_groups(images, files, patient), _name(images))
+        site = SiteImages(files, *file_groups(images, files, options.patient), _name(images))
         print(site.patients)
         return check_site(loaded, site, *known)
     if table is None:
         with _manifest_of(images) as manifest:
             table = table_of(manifest, _check_work(model, runtime))
-    table, patients = _with_groups(table, patient)
+    table, patients = _with_groups(table, options.patient)
     print(patients)
     return check_table(loaded, table, *known, words=(patients, _name(images)))
 
@@ -142,12 +151,10 @@ def _check_images(model, images, patient, resamples, runtime):
 def check(
     model: str | Path,  # Folder of a run
     images: str | Path | list,  # Files and folders, a manifest, or a table of `merge`
-    patient: str | None = None,  # Column of the patients in a CSV file of a folder; a usual one if None
+    options: CheckOptions = CheckOptions(),  # Patients and intervals
     out: str | Path | None = None,  # HTML page to write, NAME_check.html if None; or folder of parts
     overwrite: bool = False,  # Replace a page of that name?
-    resamples: int = 500,  # Bootstrap resamples for the intervals
     runtime: str = 'auto',  # How the CPU computes: as `load_model` takes it
-    *,
     shard: str | None = None,  # 'K/N': only describe the images of the K-th of N parts
 ) -> int:  # Exit code: 3 if the site is too different
     "Compare images of a new site, without labels, with those that a model was validated on"
@@ -155,12 +162,12 @@ def check(
 
     images = _sources(images)
     if shard is not None:
-        return _check_shard(model, images, patient, (out, overwrite), runtime, shard)
+        return _check_shard(model, images, options.patient, (out, overwrite), runtime, shard)
     file, replace = _page_file(model, images, out, overwrite)
     with new_pair(file, REPORT_TABLE, replace) as (page, table):
         from dr_transfer.evaluation.site_page import write_site_page
 
-        found = _check_images(model, images, patient, resamples, runtime)
+        found = _check_images(model, images, options, runtime)
         _print_check(found)
         with _printed_if_unwritable(found.table, table):
             write_site_page(found, page, table)

@@ -43,7 +43,7 @@ def add_feature_arguments(
     add('--task', metavar='TASK', help='how images are read, with --arch: flowers, dr, ... (default: %(default)s)')
     add('--size', metavar='N', type=int, help='height and width of the images in pixels (default: that of the task)')
     add('--stages', metavar='NAME', nargs='+', help='stages of the network, such as stage7 (default: all)')
-    add('--views', metavar='NAME', help='views of each image, such as turns or mirror (default: %(default)s)')
+    add('--views', metavar='NAME', help='views of each image, such as quarter_turns or mirror (default: %(default)s)')
     add('--pool', metavar='NAME', help='pooling over the image: mean, max, ... (default: that of the network)')
 
 

@@ -7,6 +7,7 @@ __all__ = ['train', 'advise', 'predict', 'export', 'preprocess', 'demo']
 
 # %% ../../nbs/commands/04_subcommands.ipynb #52b9e06a
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from dr_transfer.commands.arguments import (
@@ -247,22 +248,28 @@ def export(
     print(f'written: {file_name} ({size:.1f} MB), with the same predictions as the model')
     return 0
 
+# %% ../../nbs/commands/04_subcommands.ipynb #34115e05
+@dataclass(frozen=True)
+class PreparationOptions:
+    "How each image is prepared"
+
+    size: int = 512  # Height and width of the results in pixels
+    correction: str = 'none'  # Of light: 'none', 'colour' or 'local'
+    to_right: bool = False  # Mirror left eyes (column eye of labels.csv or of the manifest)?
+    format: str = 'png'  # 'png', without loss, or 'jpg'
+
 # %% ../../nbs/commands/04_subcommands.ipynb #12a9b082
 def preprocess(
     folder: str | Path,  # Folder of images, or manifest; they are not changed
     out: str | Path,  # Folder for the results; finished ones are kept
-    size: int = 512,  # Height and width of the results in pixels
-    correction: str = 'none',  # Of light: 'none', 'colour' or 'local'
-    to_right: bool = False,  # Mirror left eyes (column eye of labels.csv)?
-    format: str = 'png',  # 'png', without loss, or 'jpg'
+    prepared: PreparationOptions = PreparationOptions(),  # How each image is prepared
     workers: int | None = None,  # Threads; one for each core if None
-    *,
     shard: str | None = None,  # 'K/N': only the K-th of N parts
 ) -> int:  # Exit code
     "Prepare a folder of fundus images"
     from dr_transfer.data.preprocess import Preparation, preprocess_folder
 
-    how = Preparation(size, correction, to_right, format)
+    how = Preparation(prepared.size, prepared.correction, prepared.to_right, prepared.format)
     if _needs_rows(folder, '', shard):
         return _preprocess_rows(folder, out, how, shard)
     t = preprocess_folder(folder, out, how, workers)

@@ -296,19 +296,19 @@ class _Pieces:
     def __init__(self, folder: Path, schema, about: PartAbout):
         self.folder, self.schema, self.about = folder, schema, about
         folder.mkdir(exist_ok=True)
-        found = sorted(folder.glob('*.parquet'))
-        for file in found[:1]:
-            _check_same(file, about)
-        self.done = {int(f.stem) for f in found if f.stem.isdecimal() and self._is_good(f)}
+        found = [f for f in sorted(folder.glob('*.parquet')) if f.stem.isdecimal()]
+        self.done = {int(f.stem) for f in found if self._is_good(f)}
         self.number, self.tables = None, []
 
     def _is_good(self, file) -> bool:
-        "Whether a piece can be used; a damaged one is computed again"
+        "Whether a piece can be used; a damaged one is computed again, one of another command is an error"
         try:
-            return not self.about.differs(read_about(file))
+            read_about(file)
         except ValueError as e:
             warn(f'{e}: it is computed again')
             return False
+        _check_same(file, self.about)
+        return True
 
     def file(self, number: int) -> Path:
         "File of a piece"
