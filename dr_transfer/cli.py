@@ -191,7 +191,7 @@ def _add_features(commands):
     )
     _add_images(add)
     add_feature_arguments(add)
-    add('--out', metavar='FILE', type=path_name, required=True, help='Parquet file, or folder of parts with --shard')
+    add('--out', metavar='FILE', type=path_name, help='Parquet file, or folder of parts with --shard')
     _add_shard(add)
 
 
@@ -204,7 +204,8 @@ def _add_merge(commands):
         'dr_transfer merge parts --out predictions.csv',
     )
     add('parts', metavar='PARTS', type=path_name, nargs='+', help='folders of parts, or parts')
-    add('--out', metavar='FILE', type=path_name, required=True, help='CSV or Parquet file to write')
+    add('--out', metavar='FILE', type=path_name, help='CSV or Parquet file to write')
+    add('--store', action='store_true', help='write features into the cache instead, where train and advise find them')
 
 
 def _add_export(commands):

@@ -1,6 +1,7 @@
 "Test manifests, URIs on a server that fails and on a real S3 server, shards, parts and merge."
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -612,3 +614,45 @@ def test_checked_shards_equal_a_check(tmp_path, images, run):
     assert 'was made by dr_transfer predict' in error_line(
         'check', run, tmp_path / 'p.parquet', '--out', tmp_path / 'd.html'
     )
+
+
+def stored_rows(cache):
+    "Number of rows of each store of features."
+    return {f.parent.name: len(f.read_bytes().splitlines()) for f in (cache / 'features').glob('*/images.jsonl')}
+
+
+def test_training_and_advisor_find_stored_features(tmp_path, fundus_data, weights, monkeypatch):
+    from dr_transfer.data.table import find_images
+
+    network = ('--arch', 'test_resnet', '--weights', weights, '--size', '64', '--task', 'dr', '--runtime', 'plain')
+    folder, caches = fundus_data / 'images', [tmp_path / 'at once', tmp_path / 'by shards']
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(caches[0]))
+    good('features', folder, *network, '--views', 'task', '--store')
+    for k in (1, 2):
+        good('features', folder, *network, '--views', 'task', '--out', tmp_path / 'parts', '--shard', f'{k}/2')
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(caches[1]))
+    assert '40 images in 2 parts, stored in the cache' in good('merge', tmp_path / 'parts', '--store').err
+    known = stored_rows(caches[0])
+    assert known == stored_rows(caches[1])
+    assert set(known.values()) == {len({content_key(f) for f in find_images(folder)})}
+    train = ('train', fundus_data, *network, '--plan', 'head')
+    for i, cache in enumerate(caches):
+        monkeypatch.setenv('DR_TRANSFER_CACHE', str(cache))
+        good(*train, '--out', tmp_path / f'run {i}')
+        assert stored_rows(cache) == known  # nothing was computed
+        good('advise', fundus_data, *network, '--out', tmp_path / f'{i}.png')  # it adds changed images
+        assert set(stored_rows(cache)) == set(known)
+        keys = [json.loads(line)['key'] for f in (cache / 'features').glob('*/images.jsonl') for line in f.open()]
+        assert max(Counter(keys).values()) <= len(known)  # no image is in a store twice
+    predicted = [(tmp_path / f'run {i}' / 'predictions.csv').read_bytes() for i in (0, 1)]
+    assert predicted[0] == predicted[1]
+
+
+def test_features_are_stored_or_written(tmp_path, images, run):
+    folder = images[0] / 'images'
+    line = error_line('features', folder, '--store', '--out', tmp_path / 'a.parquet')
+    assert '--store writes into the cache: do not give --out or --shard' in line
+    assert 'give a name such as features.parquet' in error_line('features', folder)
+    good('predict', run, folder, '--out', tmp_path / 'parts', '--shard', '1/1')
+    assert '--store is for parts of dr_transfer features' in error_line('merge', tmp_path / 'parts', '--store')
+    assert 'ends with .csv or .parquet' in error_line('merge', tmp_path / 'parts')

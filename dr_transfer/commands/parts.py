@@ -29,8 +29,9 @@ class FeatureOptions:
     "Which features are computed"
 
     stages: list[str] | None = None  # Names of stages; all of a backbone, or those that the head of a model reads
-    views: str = 'none'  # Name of a set of views
+    views: str = 'none'  # Name of a set of views; 'task': those of the task
     pool: str | None = None  # Kind of pooling; that of the network if None
+    store: bool = False  # Write them into the cache, where training finds them?
 
 
 def add_feature_arguments(
@@ -43,8 +44,13 @@ def add_feature_arguments(
     add('--task', metavar='TASK', help='how images are read, with --arch: flowers, dr, ... (default: %(default)s)')
     add('--size', metavar='N', type=int, help='height and width of the images in pixels (default: that of the task)')
     add('--stages', metavar='NAME', nargs='+', help='stages of the network, such as stage7 (default: all)')
-    add('--views', metavar='NAME', help='views of each image, such as quarter_turns or mirror (default: %(default)s)')
+    add(
+        '--views',
+        metavar='NAME',
+        help='views of each image, such as quarter_turns, or task: those of the task (default: %(default)s)',
+    )
     add('--pool', metavar='NAME', help='pooling over the image: mean, max, ... (default: that of the network)')
+    add('--store', action='store_true', help='write them into the cache instead, where train and advise find them')
 
 
 def _of_model(network, options, runtime) -> tuple:
@@ -58,7 +64,8 @@ def _of_model(network, options, runtime) -> tuple:
     model = _load(network.model, runtime)
     body, card = model.model[0], model.card
     stages = options.stages or stage_names(body.stages)[-body.stages.n_stages :]
-    how = FeatureSettings(card.size, card.reader, card.fit, options.views, tuple(stages), options.pool)
+    views = card.views if options.views == 'task' else options.views
+    how = FeatureSettings(card.size, card.reader, card.fit, views, tuple(stages), options.pool)
     return body, how, {'model': model_digest(network.model)}
 
 
@@ -75,12 +82,13 @@ def _of_backbone(network, options, runtime) -> tuple:
     stages = whole_body(joined_name(network.arch or DEFAULT_ARCH), network.weights, task.size)
     body = make_body(stages, task.size, runtime)
     chosen = None if options.stages is None else tuple(options.stages)
-    return body, FeatureSettings(task.size, task.reader, task.fit, options.views, chosen, options.pool), {}
+    views = task.stored_views if options.views == 'task' else options.views
+    return body, FeatureSettings(task.size, task.reader, task.fit, views, chosen, options.pool), {}
 
 # %% ../../nbs/commands/09_parts.ipynb #55106562
 def features(
     images: str | Path | list,  # Files and folders, or one; or a manifest
-    out: str | Path,  # Parquet file to write, or folder of parts
+    out: str | Path | None = None,  # Parquet file to write, or folder of parts
     network: NetworkOptions = NetworkOptions(),  # Which network
     options: FeatureOptions = FeatureOptions(),  # Which features
     overwrite: bool = False,  # Replace a file of that name?
@@ -93,10 +101,15 @@ def features(
     from dr_transfer.utils.places import check_outside
 
     part = None if shard is None else find_shard(shard)
-    if part is None and not str(out).lower().endswith('.parquet'):
-        raise ValueError(f'--out {out}: features are written as Parquet, so give a name such as {out}.parquet')
-    for source in _sources(images):
-        check_outside(out, source)
+    if options.store and (out is not None or part is not None):
+        raise ValueError(
+            '--store writes into the cache: do not give --out or --shard. Shards: merge their parts --store'
+        )
+    if not options.store:
+        if part is None and not str(out).lower().endswith('.parquet'):
+            raise ValueError(f'--out {out}: features are written as Parquet, so give a name such as features.parquet')
+        for source in _sources(images) if out is not None else ():
+            check_outside(out, source)
     chosen = {**vars(network), **vars(options), 'runtime': runtime, 'out': out}
     usual = {**vars(NetworkOptions()), **vars(FeatureOptions()), 'runtime': 'auto'}
     given = {name: value for name, value in chosen.items() if value != usual.get(name)}
@@ -106,19 +119,42 @@ def features(
         return features_work(*make(network, options, runtime), _words('features', _sources(images), **given))
 
     with _manifest_of(images) as manifest:
-        return _work_code(_write_work(work, manifest, out, overwrite, part), 'described by features')
+        tally = _store(work(), manifest) if options.store else _write_work(work, manifest, out, overwrite, part)
+    return _work_code(tally, 'described by features')
+
+
+def _store(work, manifest):
+    "Compute features and write them into the cache; return the `Tally`"
+    from dr_transfer.data.manifest import Shard, shard_rows
+    from dr_transfer.inference.parts import Tally, computed
+    from dr_transfer.inference.work import store_features
+    from dr_transfer.utils.files import progress
+
+    tally = Tally()
+
+    def groups():
+        rows = shard_rows(manifest, Shard(), tally.counts)
+        for _, columns in progress(computed(rows, work, manifest), label='groups of images'):
+            tally.add(columns['image'], columns['error'])
+            yield columns
+
+    store_features(work.settings, groups())
+    return tally
 
 # %% ../../nbs/commands/09_parts.ipynb #ea5df983
 def merge(
     parts: list,  # Folders of parts, and parts
-    out: str | Path,  # CSV or Parquet file to write
+    out: str | Path | None = None,  # CSV or Parquet file to write
     overwrite: bool = False,  # Replace a file of that name?
+    store: bool = False,  # Write features into the cache instead?
 ) -> int:  # Exit code
     "Put the parts of all shards together"
     from dr_transfer.inference.merged import find_parts, merge_parts
     from dr_transfer.utils.files import new_file
     from dr_transfer.utils.places import check_outside
 
+    if store:
+        return _merge_into_store(parts, out)
     as_csv = str(out).lower().endswith('.csv')
     if not as_csv and not str(out).lower().endswith('.parquet'):
         raise ValueError(f'--out {out}: give a name that ends with .csv or .parquet')
@@ -130,3 +166,17 @@ def merge(
         tally = merge_parts(found, file, as_csv)
     print(f'written: {out}', file=sys.stderr)
     return _work_code(tally, f'in {len(found)} parts')
+
+
+def _merge_into_store(parts, out) -> int:
+    "Write the features of all shards into the cache"
+    from dr_transfer.inference.merged import find_parts, merged_columns
+    from dr_transfer.inference.work import store_features
+
+    found = find_parts(parts)
+    about = next(iter(found.values()))
+    if out is not None or about.command != 'features':
+        raise ValueError('--store is for parts of dr_transfer features, without --out: give --out FILE without --store')
+    n = store_features(about.settings, merged_columns(found))
+    print(f'{n} images in {len(found)} parts, stored in the cache', file=sys.stderr)
+    return 0

@@ -162,6 +162,23 @@ def _merge_parquet(parts, file) -> Iterator:
             yield table
 
 
+def merged_columns(
+    parts: dict[Path, PartAbout],  # From `find_parts`
+) -> Iterator[dict]:  # Column -> values; vectors as an array (n, d)
+    "Rows of all parts as columns"
+    import pyarrow as pa
+
+    for table in merged(parts):
+        columns = {}
+        for f in table.schema:
+            column = table[f.name].combine_chunks()
+            if pa.types.is_fixed_size_list(f.type):
+                columns[f.name] = column.flatten().to_numpy().reshape(-1, f.type.list_size)
+            else:
+                columns[f.name] = column.to_pylist()
+        yield columns
+
+
 def columns_of(
     table,  # Arrow table
 ) -> dict:  # Name -> list of values, None or NaN where missing

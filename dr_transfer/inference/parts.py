@@ -130,15 +130,24 @@ class PartAbout:
         "Why another part does not belong to the same table"
         if self.command != other.command:
             return f'one was made by {self.command}, the other by {other.command}'
-        names = [k for k in {**self.settings, **other.settings} if self.settings.get(k) != other.settings.get(k)]
+        mine, theirs = _flat(self.settings), _flat(other.settings)
+        names = [k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)]
         if names:
             name = min(names, key=lambda k: k != 'model')
-            return f'they have different settings: {name} is {self.settings.get(name)} and {other.settings.get(name)}'
+            return f'they have different settings: {name} is {mine.get(name)} and {theirs.get(name)}'
         if self.manifest != other.manifest:
             return 'they are of different manifests, or the manifest was changed in between'
         if self.belongs_to != other.belongs_to:
             return f'one is of {self.shard[1]} shards, the other of {other.shard[1]}'
         return ''
+
+
+def _flat(settings: dict) -> dict:
+    "Settings without the groups that some are in"
+    flat = {}
+    for name, value in settings.items():
+        flat |= {f'{name} of {k}': v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
 
 
 _KEY = b'dr_transfer'  # of the metadata

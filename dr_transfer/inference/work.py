@@ -7,16 +7,17 @@ __all__ = []
 
 # %% ../../nbs/inference/08_work.ipynb #6b8c57e1
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..data.columns import shown_name
+from ..data.content import content_key
 from ..data.images import image_errors
 from ..data.manifest import Manifest, _name_digest
 from ..data.source import FetchedFile, ImageError
@@ -152,9 +153,8 @@ def features_work(
     vectors = {name: probe[field.partition('.')[0]].shape[-1] for field, name in fields.items()}
     f = partial(_pooled_views, body, VIEWS[how.views], [pool])
     batches = compute_views(f, body, {**about, 'views': 'none'}, 'features')
-    made_by = about.pop('made by')  # versions, which a part lists elsewhere
-    settings = {**settings, **about, 'stages': stages, 'pool': pool, 'weights': weights_digest(body)}
-    settings['reading'] = made_by.split()[1]
+    weights = {n: weights_digest(body, n) for n in stages}
+    settings = {**settings, 'about': {**about, 'pools': [pool]}, 'weights': weights}
 
     def compute(rows, files):
         errors = image_errors(files)
@@ -164,13 +164,81 @@ def features_work(
         for field, name in fields.items():
             if done:
                 out[name][good] = np.concatenate([b[field] for b in done])[:, 0, 0]
-        return {**out, 'error': errors}
+        content = [None if e else content_key(x) for x, e in zip(files, errors)]
+        return {**out, 'content': content, 'error': errors}
 
-    return Work('features', settings, {**vectors, 'error': 'text'}, compute, words)
+    return Work('features', settings, {**vectors, 'content': 'text', 'error': 'text'}, compute, words)
 
 
 def _device(body):
     return next(body.parameters()).device
+
+# %% ../../nbs/inference/08_work.ipynb #5056ea27
+_STORED_BYTES = 2**27  # of vectors that are written into stores at once
+
+
+class _Stored(NamedTuple):
+    "A row of a table of features"
+
+    path: str
+    row: int
+
+
+def feature_stores(
+    settings: dict,  # Of a `features_work`
+    lengths: dict[str, int],  # Column -> length of its vectors
+    folder: str | Path | None = None,  # Folder of the stores; the cache if None
+) -> dict:  # Column -> `ArrayStore`
+    "The stores in which `extract_features` would look for these features"
+    from dr_transfer.features.extraction import _view_store
+    from dr_transfer.utils.files import cache_folder
+
+    stores = {}
+    for column, d in lengths.items():
+        stage, _, view = column.partition('_view')
+        which = (stage, int(view or 0), settings['weights'][stage])
+        stores[column] = _view_store(settings['about'], which, d, folder or cache_folder() / 'features')
+    return stores
+
+
+def store_features(
+    settings: dict,  # Of a `features_work`
+    groups: Iterable[dict],  # Columns of groups of images, as of `computed`
+    folder: str | Path | None = None,  # Folder of the stores; the cache if None
+) -> int:  # Number of images
+    "Write features into stores; images that could not be read are left out"
+    stores, waiting, size, n = {}, [], 0, 0
+    for columns in groups:
+        good = [i for i, key in enumerate(columns['content']) if key is not None]
+        vectors = {k: np.asarray(v, np.float32)[good] for k, v in columns.items() if np.ndim(v[0]) == 1}
+        stores = stores or feature_stores(settings, {k: v.shape[1] for k, v in vectors.items()}, folder)
+        waiting.append((vectors, [columns['image'][i] for i in good], [columns['content'][i] for i in good]))
+        size += sum(v.nbytes for v in vectors.values())
+        n += len(good)
+        if size > _STORED_BYTES:
+            _fill(stores, waiting)
+            waiting, size = [], 0
+    if waiting:
+        _fill(stores, waiting)
+    return n
+
+
+def _fill(stores: dict, groups: list):
+    "Append the rows of groups to their stores, unless they are there"
+    from dr_transfer.utils.store import fill_rows
+
+    names, keys = ([x for group in groups for x in group[i]] for i in (1, 2))
+    if not keys:
+        return
+    fields = {field: column for column, store in stores.items() for field in store.fields}
+    values = {f: np.concatenate([v[column] for v, _, _ in groups])[:, None, None] for f, column in fields.items()}
+
+    def known(items, wanted):
+        at = [item.row for item in items]
+        yield {field: values[field][at] for field in wanted}
+
+    items = [_Stored(name, i) for i, name in enumerate(names)]
+    fill_rows(list(stores.values()), keys, items, known, len(items))
 
 # %% ../../nbs/inference/08_work.ipynb #c8ab6fc7
 def _result_name(image: str, format: str) -> str:
