@@ -15,6 +15,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
@@ -270,6 +271,38 @@ def test_no_permission_and_no_credentials(tmp_path, bucket, run, quick, monkeypa
     s3fs.S3FileSystem.clear_instance_cache()
 
 
+def test_google_cloud_storage_by_an_emulator(images, monkeypatch):
+    folder, names = images
+
+    class Emulator(BaseHTTPRequestHandler):
+        def do_GET(self):
+            place, _, name = unquote(self.path.partition('?')[0]).partition('/o/')
+            found = place.endswith('/b/clinic') and (folder / name).is_file()
+            data = (folder / name).read_bytes() if found else b'{"error": {"code": 404, "message": "no such object"}}'
+            self.send_response(200 if found else 404)
+            self.send_header('Content-Length', str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(('127.0.0.1', 0), Emulator) as emulator:
+        threading.Thread(target=emulator.serve_forever, daemon=True).start()
+        monkeypatch.setenv('STORAGE_EMULATOR_HOST', f'http://127.0.0.1:{emulator.server_port}')
+        monkeypatch.setenv('FSSPEC_GS_TOKEN', 'anon')
+        monkeypatch.setenv('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')  # it asks by gRPC, which is not emulated
+        pytest.importorskip('gcsfs', reason='needs the extra gcs')
+        from fsspec.config import conf, set_conf_env
+
+        monkeypatch.setitem(conf, 'gs', {})
+        set_conf_env(conf)  # fsspec reads the environment when it is imported
+        assert np.array_equal(read_rgb(f'gs://clinic/{names[0]}', 32), read_rgb(folder / names[0], 32))
+        with pytest.raises(ImageError, match='no such file'):
+            read_rgb('gs://clinic/none.jpg')
+        emulator.shutdown()
+
+
 # ---------------------------------------------------------------- manifests
 
 
@@ -316,6 +349,35 @@ def test_rows_are_read_when_they_are_needed(tmp_path):
         assert next(rows).place == str(tmp_path / 'a.jpg')
         with pytest.raises(ValueError, match='line 100002 has 3 fields'):
             list(rows)
+
+
+def test_other_columns_of_any_type_are_kept(tmp_path, images, run):
+    folder, names = images
+    t = pd.DataFrame({'image': names[:4], 'kind': pd.Categorical(['a', 'b', 'a', None]), 'n': [1, 2, 3, 4]})
+    t['many'] = [[1, 2], [], None, [3]]
+    t['day'] = pd.Timestamp('2026-01-02')
+    t.to_parquet(folder / 'types.parquet')
+    for k in (1, 2):
+        good('predict', run, folder / 'types.parquet', '--out', tmp_path / 'parts', '--shard', f'{k}/2')
+    good('merge', tmp_path / 'parts', '--out', tmp_path / 'm.parquet')
+    found = pq.read_table(tmp_path / 'm.parquet').to_pydict()
+    assert found['data_kind'] == ['a', 'b', 'a', None] and found['data_n'] == [1, 2, 3, 4]
+    assert found['data_many'] == [[1, 2], [], None, [3]] and found['data_day'][0].day == 2
+
+
+def test_a_full_disk_keeps_what_was_finished(tmp_path, monkeypatch):
+    from dr_transfer.utils.places import OutputError
+
+    def full(rows, files):
+        if rows[-1].number >= 40:
+            raise OSError(28, 'No space left on device')
+        return {'error': [f.error for f in files]}
+
+    monkeypatch.setattr('dr_transfer.inference.parts._PIECE', 10)
+    work = Work('predict', {}, {'error': 'text'}, full)
+    with pytest.raises(OutputError, match=r'No space left on device\). The finished images are kept in .*run the same'):
+        write_part(parts_folder(tmp_path / 'parts'), listed(map(str, range(400))), Shard(), work)
+    assert len(list((tmp_path / 'parts' / 'part-0001-of-0001.pieces').glob('*.parquet'))) == 3
 
 
 def test_csv_needs_no_other_package(tmp_path, images, run, monkeypatch):
@@ -498,7 +560,7 @@ def test_one_process_at_a_time_makes_a_part(tmp_path):
 
 
 def test_merging_sorts_in_windows(tmp_path, monkeypatch):
-    monkeypatch.setattr('dr_transfer.inference.merged._WINDOW', 7)
+    monkeypatch.setattr('dr_transfer.inference.merged._window', lambda file: 7)
 
     def work(rows, files):
         return {'n': [float(r.number) for r in rows], 'error': [f.error for f in files]}

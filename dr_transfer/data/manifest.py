@@ -151,6 +151,13 @@ def _csv_manifest(file: str, name: str) -> Manifest:
 _BATCH_ROWS = 10_000  # rows of a Parquet file that are read at once
 
 
+def _plain_type(type):
+    "Arrow type of the values of a column; a dictionary, as of categories, is that of its values"
+    import pyarrow as pa
+
+    return type.value_type if pa.types.is_dictionary(type) else type
+
+
 def _parquet_manifest(file: str, name: str) -> Manifest:
     "A manifest in a Parquet file"
     pq = extra_module('pyarrow.parquet', 'scale')
@@ -160,7 +167,7 @@ def _parquet_manifest(file: str, name: str) -> Manifest:
         raise ValueError(f'{name} cannot be read as a Parquet file: {" ".join(str(e).split())[:200]}') from None
     image = _image_column(schema.names, name)
     others = [c for i, c in enumerate(schema.names) if i != image]
-    types = [getattr(schema.field(c).type, 'value_type', None) or schema.field(c).type for c in others]
+    types = [_plain_type(schema.field(c).type) for c in others]
 
     def rows():
         with pq.ParquetFile(file) as f:

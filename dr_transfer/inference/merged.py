@@ -9,6 +9,7 @@ __all__ = []
 import json
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -76,7 +77,28 @@ def _check_complete(parts: dict, folder: Path):
         raise ValueError(f'the manifest has {min(rows)} rows, but the parts hold {found}: make the parts again')
 
 # %% ../../nbs/inference/09_merged.ipynb #e968d1ba
-_WINDOW = 100_000  # rows of the manifest that are sorted at once
+_WINDOW_BYTES = 2**26  # of the rows of the manifest that are sorted at once
+_ROW_BYTES = 500  # of a row, besides its vectors
+
+
+def _window(file: Path) -> int:
+    "Number of rows that are sorted at once"
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = [f.type for f in pq.read_schema(file) if pa.types.is_fixed_size_list(f.type)]
+    return max(100, _WINDOW_BYTES // (_ROW_BYTES + 4 * sum(t.list_size for t in types)))
+
+
+def _allow_files(n: int):
+    "Let the process open many files, as far as the system allows it"
+    with suppress(ImportError, ValueError, OSError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < n:
+            most = n if hard == resource.RLIM_INFINITY else min(n, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 class _Part:
@@ -85,7 +107,7 @@ class _Part:
     def __init__(self, file: Path, batch: int):
         import pyarrow.parquet as pq
 
-        self.file = pq.ParquetFile(file)
+        self.file = pq.ParquetFile(file, pre_buffer=False)
         self.batches = self.file.iter_batches(batch)
         self.table = self.file.schema_arrow.empty_table()
 
@@ -111,10 +133,12 @@ def merged(
     "Rows of all parts in the order of the manifest"
     import pyarrow as pa
 
-    readers = [_Part(file, max(100, 2 * _WINDOW // len(parts))) for file in parts]
+    size = _window(next(iter(parts)))
+    _allow_files(len(parts) + 100)
+    readers = [_Part(file, max(100, 2 * size // len(parts))) for file in parts]
     rows = next(iter(parts.values())).counts['rows']
-    for start in range(0, rows, _WINDOW):
-        window = pa.concat_tables([r.until(start + _WINDOW) for r in readers])
+    for start in range(0, rows, size):
+        window = pa.concat_tables([r.until(start + size) for r in readers])
         order = np.argsort(window['row'].to_numpy(), kind='stable')
         yield window.take(order).drop_columns(['row'])
     for r in readers:

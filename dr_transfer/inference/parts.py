@@ -29,7 +29,7 @@ from dr_transfer.utils.files import (
     progress,
     warn,
 )
-from ..utils.places import OutputError, atomic_file, locked, place_of, remove
+from ..utils.places import OutputError, atomic_file, locked, place_of, reason, remove
 
 # %% ../../nbs/inference/07_parts.ipynb #0e872552
 @dataclass(frozen=True)
@@ -215,11 +215,12 @@ def _arrow_table(schema, columns: dict):
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-_GROUP_ROWS = 10_000  # of a row group of a file
+_GROUP_ROWS = 10_000  # of a row group of a table
+_PART_ROWS = 1000  # of a row group of a part: many parts are read at the same time
 
 
 @contextmanager
-def _writer(file, schema) -> Iterator[Callable]:
+def _writer(file, schema, n=_GROUP_ROWS) -> Iterator[Callable]:
     "Write tables in row groups of one size, so that the file does not depend on how it was cut before"
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -229,14 +230,14 @@ def _writer(file, schema) -> Iterator[Callable]:
 
         def write(table):
             waiting.append(table)
-            if sum(map(len, waiting)) >= _GROUP_ROWS:
+            if sum(map(len, waiting)) >= n:
                 whole = pa.concat_tables(waiting)
-                full = len(whole) // _GROUP_ROWS * _GROUP_ROWS
-                out.write_table(whole[:full].combine_chunks(), _GROUP_ROWS)
+                full = len(whole) // n * n
+                out.write_table(whole[:full].combine_chunks(), n)
                 waiting[:] = [whole[full:]]
 
         yield write
-        out.write_table(pa.concat_tables(waiting).combine_chunks(), _GROUP_ROWS)
+        out.write_table(pa.concat_tables(waiting).combine_chunks(), n)
 
 
 def write_parquet(
@@ -391,6 +392,9 @@ def _make_part(file: Path, folder: Path, manifest: Manifest, shard: Shard, what:
         counts = _compute_pieces(manifest, shard, work, pieces)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f'the finished images are kept in {folder}: the same command goes on') from None
+    except OSError as e:
+        why = f'the part could not be written ({reason(e)}). The finished images are kept in {folder}: '
+        raise OutputError(f'{why}remove the cause, such as a full disk, and run the same command again') from e
     files = [pieces.file(number) for number in sorted(pieces.done)]
     used = tuple(sorted({name for f in files for name in read_about(f).made_by} or set(about.made_by)))
     number = {'rows': counts.rows, 'repeated': counts.repeated, 'images': sum(map(_rows_in, files))}
@@ -407,7 +411,7 @@ def _rows_in(file) -> int:
 def _join_pieces(file: Path, files: list[Path], schema):
     import pyarrow.parquet as pq
 
-    with atomic_file(file) as tmp, _writer(tmp, schema) as write:
+    with atomic_file(file) as tmp, _writer(tmp, schema, _PART_ROWS) as write:
         for piece in files:
             write(pq.read_table(piece, partitioning=None).cast(schema))
 
