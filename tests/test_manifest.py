@@ -181,6 +181,24 @@ def test_functions_that_read_images_take_uris(server, images):
         read_rgb(f'zip://ghost.jpg::{folder}/all.zip')
 
 
+def test_labels_of_uris(tmp_path, server, images, fundus_data, run):
+    from dr_transfer.data.table import label_table, skipped_images
+
+    labels = pd.read_csv(fundus_data / 'labels.csv', dtype=str)
+    column = next(c for c in labels if Path(labels[c][0]).suffix or (fundus_data / 'images' / labels[c][0]).exists())
+    labels[column] = [f'{server.address}/good/images/{Path(name).name}' for name in labels[column]]
+    labels.loc[0, column] += '.gone'
+    labels.to_csv(tmp_path / 'labels.csv', index=False)
+    found, local = label_table(tmp_path / 'labels.csv'), label_table(fundus_data)
+    assert len(found) == len(local) - 1
+    assert skipped_images(found).reason.tolist() == ['empty file']
+    kept = local[local.image.map(lambda p: Path(p).name).isin(found.image.map(lambda u: u.rpartition('/')[2]))]
+    assert found.label.tolist() == kept.label.tolist() and found.group.tolist() == kept.group.tolist()
+    p = tmp_path / 'report'
+    good('evaluate', run, tmp_path / 'labels.csv', '--allow-leaks', '--resamples', '100', '--out', f'{p}.html')
+    assert table(f'{p}_predictions.csv').image.tolist() == found.image.tolist()
+
+
 def test_a_scheme_without_its_package(tmp_path, run, monkeypatch):
     file = manifest(tmp_path / 'm.csv', ['gs://bucket/a.jpg'])
     monkeypatch.setattr('dr_transfer.data.manifest._CHECKED', set())

@@ -39,6 +39,7 @@ from .sources import with_sources
 from ..metrics.groups import group_key, same_groups
 from ..utils.files import DATA_KINDS, MARKER, output_kind
 from ..utils.places import OutputError
+from ..utils.uris import is_uri
 
 # %% ../../nbs/data/16_table.ipynb #08a82432
 def _is_data(folder: Path) -> bool:
@@ -114,8 +115,10 @@ class _Files:
             )
         return first
 
-    def locate(self, name) -> Path | None:
-        "Find the file of a cell by the first variant of its name that matches"
+    def locate(self, name) -> Path | str | None:
+        "Find the file of a cell by the first variant of its name that matches; a URI is its own file"
+        if is_uri(name.strip()):
+            return name.strip()
         for form in _forms(name):
             file = self.one(form)
             if file is not None:
