@@ -115,10 +115,8 @@ class _Files:
             )
         return first
 
-    def locate(self, name) -> Path | str | None:
-        "Find the file of a cell by the first variant of its name that matches; a URI is its own file"
-        if is_uri(name.strip()):
-            return name.strip()
+    def locate(self, name) -> Path | None:
+        "Find the file of a cell by the first variant of its name that matches"
         for form in _forms(name):
             file = self.one(form)
             if file is not None:
@@ -127,7 +125,7 @@ class _Files:
 
 
 def _locate(names, folder, files) -> list:
-    "Find the file of each name in a CSV, or None"
+    "Find the file of each name in a CSV, or None; a URI stays as it is"
     by_path = {}
     by_name = defaultdict(list)
     for f in files:
@@ -137,7 +135,7 @@ def _locate(names, folder, files) -> list:
             by_name[key].append(f)
     homes = Counter(str(f.parent) for name in names for f in by_name.get(name.strip(), []))
     known = _Files(folder, by_path, by_name, homes)
-    return [known.locate(name) for name in names]
+    return [name.strip() if is_uri(name.strip()) else known.locate(name) for name in names]
 
 # %% ../../nbs/data/16_table.ipynb #8a6d6ac0
 # The library's own columns; the user's columns begin with data_
