@@ -32,6 +32,7 @@ from dr_transfer.commands.arguments import (
 )
 from .commands.backbones import backbones
 from .commands.check import check
+from .commands.parts import add_feature_arguments, features, merge
 from .commands.sites import adapt, recalibrate
 from .commands.subcommands import advise, demo, export, predict, preprocess, train
 from .commands.validation import compare, cross_validate, evaluate
@@ -53,7 +54,7 @@ def _command(commands, name, function, about, example):
     interrupted = 'finished parts are kept' if function in _KEEPS_WORK else 'nothing was written'
     p.set_defaults(run=function, interrupted=interrupted, **option_defaults(function))
     p.add_argument('--debug', action='store_true', help='show the traceback of an error, and all warnings')
-    if function not in (preprocess, backbones):  # they train no network, and replace nothing
+    if function not in (preprocess, backbones, merge):  # they use no network
         p.add_argument(
             '--runtime',
             help=(
@@ -61,6 +62,7 @@ def _command(commands, name, function, about, example):
                 'plain, channels_last or bf16'
             ),
         )
+    if function not in (preprocess, backbones):  # they replace nothing
         p.add_argument('--overwrite', action='store_true', help='replace an earlier output of dr_transfer at --out')
     return p.add_argument
 
@@ -78,6 +80,8 @@ def _parser() -> CommandParser:
         _add_train,
         _add_advise,
         _add_predict,
+        _add_features,
+        _add_merge,
         _add_export,
         _add_preprocess,
         _add_evaluate,
@@ -148,8 +152,59 @@ def _add_predict(commands):
         type=path_name,
         help='folder written by dr_transfer train, a model folder, or an ONNX file',
     )
-    add('images', metavar='IMAGES', type=path_name, nargs='+', help='image files, or folders to search for images')
-    add('--out', metavar='CSV', type=path_name, help='file to write (default: print)')
+    _add_images(add)
+    add(
+        '--out',
+        metavar='FILE',
+        type=path_name,
+        help='CSV or Parquet file to write, or folder of parts with --shard (default: print)',
+    )
+    _add_shard(add)
+
+# %% ../nbs/cli.ipynb #28d665a5
+def _add_images(add):
+    add(
+        'images',
+        metavar='IMAGES',
+        type=path_name,
+        nargs='+',
+        help="image files, or folders to search for images; or a manifest: CSV or Parquet with a column 'image'",
+    )
+
+
+def _add_shard(add):
+    add(
+        '--shard',
+        metavar='K/N',
+        help='only the K-th of N parts of the images, as a Parquet file in --out; dr_transfer merge puts them together',
+    )
+
+
+def _add_features(commands):
+    add = _command(
+        commands,
+        'features',
+        features,
+        'Compute the features of images with a pretrained network or a trained model',
+        'dr_transfer features images.csv --arch vit_small_patch14_dinov2.lvd142m --out features.parquet',
+    )
+    _add_images(add)
+    add_feature_arguments(add)
+    add('--out', metavar='FILE', type=path_name, help='Parquet file, or folder of parts with --shard')
+    _add_shard(add)
+
+
+def _add_merge(commands):
+    add = _command(
+        commands,
+        'merge',
+        merge,
+        'Put the parts of all shards together, and check that none is missing',
+        'dr_transfer merge parts --out predictions.csv',
+    )
+    add('parts', metavar='PARTS', type=path_name, nargs='+', help='folders of parts, or parts')
+    add('--out', metavar='FILE', type=path_name, help='CSV or Parquet file to write')
+    add('--store', action='store_true', help='write features into the cache instead, where train and advise find them')
 
 
 def _add_export(commands):
@@ -172,15 +227,21 @@ def _add_preprocess(commands):
         'Prepare a folder of fundus images',
         'dr_transfer preprocess images/messidor2 prepared --size 512',
     )
-    add('folder', metavar='IN', type=path_name, help='folder of images; they are not changed')
+    add(
+        'folder',
+        metavar='IN',
+        type=path_name,
+        help="folder of images, or a manifest: CSV or Parquet with a column 'image'; they are not changed",
+    )
     add('out', metavar='OUT', type=path_name, help='folder for the results; finished results are not computed again')
     add('--size', metavar='N', type=whole_number(32, 8192), help='height and width in pixels (default: %(default)s)')
     add('--correction', help='correction of light: none, colour or local (default: %(default)s)')
     add('--to-right', action='store_true', help='mirror left eyes (column eye of labels.csv)')
     add('--format', help='png (lossless) or jpg (default: %(default)s)')
     add('--workers', metavar='N', type=whole_number(1, 256), help='number of threads (default: one per core)')
+    _add_shard(add)
 
-
+# %% ../nbs/cli.ipynb #94fda426
 def _add_evaluate(commands):
     add = _command(
         commands,
@@ -210,7 +271,13 @@ def _add_check(commands):
         'dr_transfer check messidor_run new_clinic --out new_clinic.html',
     )
     add('model', metavar='DIR', type=path_name, help='folder written by dr_transfer train')
-    add('images', metavar='IMAGES', type=path_name, nargs='+', help='image files, or folders to search for images')
+    add(
+        'images',
+        metavar='IMAGES',
+        type=path_name,
+        nargs='+',
+        help='image files, or folders to search for images; a manifest (CSV or Parquet); or what merge made of parts',
+    )
     add(
         '--patient',
         metavar='COLUMN',
@@ -223,6 +290,7 @@ def _add_check(commands):
         type=path_name,
         help='page to write; NAME_predictions.csv is written next to it (default: the name of IMAGES and _check.html)',
     )
+    _add_shard(add)
 
 # %% ../nbs/cli.ipynb #f4e3956b
 def _add_cross_validate(commands):

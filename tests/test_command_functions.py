@@ -15,7 +15,7 @@ import pytest
 from helpers import content, good
 
 from dr_transfer.cli import _parser
-from dr_transfer.commands import arguments, backbones, check, sites, subcommands, validation
+from dr_transfer.commands import arguments, backbones, check, parts, sites, subcommands, validation
 from dr_transfer.commands.arguments import (
     ComparisonOptions,
     FoldOptions,
@@ -92,6 +92,7 @@ def test_an_option_reaches_the_parameter_of_its_name(name):
 
 def test_every_command_is_a_function_with_few_typed_parameters():
     functions = [getattr(m, name) for m in (subcommands, validation, sites, check, backbones) for name in m.__all__]
+    functions += [parts.features, parts.merge]
     assert {p.get_default('run') for p in PARSERS.values()} == set(functions)
     for function in functions:
         parameters = inspect.signature(function).parameters.values()
@@ -100,7 +101,7 @@ def test_every_command_is_a_function_with_few_typed_parameters():
 
 
 def test_no_command_takes_a_namespace():
-    for module in ('subcommands', 'validation', 'sites', 'check', 'backbones', 'shared', 'demo'):
+    for module in ('subcommands', 'validation', 'sites', 'check', 'parts', 'backbones', 'shared', 'demo'):
         text = (Path(arguments.__file__).parent / f'{module}.py').read_text(encoding='utf-8')
         names = {getattr(node, 'id', getattr(node, 'attr', '')) for node in ast.walk(ast.parse(text))}
         assert not names & {'argparse', 'Namespace'}, module
@@ -165,7 +166,8 @@ def test_evaluate(run, fundus_data, tmp_path):
 
 def test_preprocess(fundus_data, tmp_path):
     result = good('preprocess', fundus_data, tmp_path / 'a', '--size', '64', '--to-right', '--format', 'jpg')
-    printed = called(subcommands.preprocess, fundus_data, tmp_path / 'b', 64, to_right=True, format='jpg')
+    prepared = subcommands.PreparationOptions(64, to_right=True, format='jpg')
+    printed = called(subcommands.preprocess, fundus_data, tmp_path / 'b', prepared)
     assert printed.replace(str(tmp_path / 'b'), str(tmp_path / 'a')) == result.out
     assert content(tmp_path / 'b') == content(tmp_path / 'a')
 

@@ -770,7 +770,7 @@ def test_errors_of_the_system_do_not_name_an_image(tmp_path, monkeypatch, error)
     def fail(*a, **k):
         raise error
 
-    monkeypatch.setattr(content, 'read_regular', fail)
+    monkeypatch.setattr(content, 'read_bytes', fail)
     with pytest.raises(ValueError, match='not the cause') as e:
         content_key(tmp_path / 'a.png')
     assert 'remove or repair' not in str(e.value)

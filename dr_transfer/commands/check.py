@@ -6,12 +6,31 @@
 __all__ = ['check']
 
 # %% ../../nbs/commands/07_check.ipynb #a272fb13
+from dataclasses import dataclass
 from pathlib import Path
 
 from .arguments import OutputOptions, TableOptions
-from .shared import _load, _output, _printed_if_unwritable
+from dr_transfer.commands.shared import (
+    _load,
+    _manifest_of,
+    _needs_rows,
+    _output,
+    _printed_if_unwritable,
+    _sources,
+    _words,
+    _work_code,
+    _write_work,
+)
 
 # %% ../../nbs/commands/07_check.ipynb #79d0320b
+@dataclass(frozen=True)
+class CheckOptions:
+    "How the images of a site are compared"
+
+    patient: str | None = None  # Column of the patients in a CSV file or manifest; a usual one if None
+    resamples: int = 500  # Bootstrap resamples for the intervals
+
+
 _TOO_DIFFERENT = 3  # exit code
 
 
@@ -48,33 +67,107 @@ def _print_check(check):
         print(f'because {why}')
     print(f'verdict: {check.verdict_words}')
 
+# %% ../../nbs/commands/07_check.ipynb #acae54e37e7d407bbb7b55eff062a284
+def _check_shard(model, images, patient, output, runtime, shard) -> int:
+    "Describe the images of a shard"
+    from dr_transfer.data.manifest import find_shard
+
+    part = find_shard(shard)
+    out, overwrite = output
+    words = _words('check', [model, *images], out=out, patient=patient, runtime=None if runtime == 'auto' else runtime)
+    with _manifest_of(images, patient) as manifest:
+        return _work_code(
+            _write_work(lambda: _check_work(model, runtime, words), manifest, out, overwrite, part), 'described'
+        )
+
+
+def _check_work(model, runtime, words=()):
+    "Load a model, and say what is computed for each image"
+    from dr_transfer.evaluation.site_check import check_work
+    from dr_transfer.inference.work import model_settings
+
+    loaded = _load(model, runtime)
+    return check_work(loaded, model_settings(loaded, model), words)
+
+
+def _described_before(model, file):
+    "Read a table that was merged of parts of `check`; None if the file is not one. ValueError for another model"
+    from dr_transfer.inference.merged import read_table
+    from dr_transfer.inference.parts import read_about
+    from dr_transfer.inference.work import model_digest
+
+    if not str(file).lower().endswith('.parquet') or '://' in str(file):
+        return None
+    try:
+        about = read_about(file)
+    except ValueError:
+        return None  # a manifest
+    if about.command != 'check' or about.shard is not None:
+        raise ValueError(
+            f'{file} was made by dr_transfer {about.command}: give images, or the table that dr_transfer merge made of '
+            'the parts of dr_transfer check'
+        )
+    if about.settings.get('model') != model_digest(model):
+        raise ValueError(f'{file} was made with another model than {model}: give that model')
+    return read_table(file)
+
+
+def _with_groups(table, patient) -> tuple:
+    "Return the table with a column `group`, from its own columns, and where the groups come from, in words"
+    from dr_transfer.data.columns import GroupSource, choose_groups, data_columns, shown_name
+
+    if 'group' in table:
+        groups, source = table.pop('group').tolist(), GroupSource('group')
+    else:
+        groups, source = choose_groups(table[data_columns(table)].rename(columns=shown_name), patient)
+    table.insert(1, 'group', groups)
+    return table, source.line(groups)
+
+# %% ../../nbs/commands/07_check.ipynb #9a63283cbaf04dbcab1f6479b197f3a8
+def _check_images(model, images, options, runtime):
+    "Compare images, or a table in which they are described"
+    from dr_transfer.data.table import file_groups
+    from dr_transfer.evaluation.site_check import SiteImages, check_site, check_table
+    from dr_transfer.inference.merged import table_of
+    from dr_transfer.inference.predictions import gather_images
+    from dr_transfer.inference.run import read_reference, read_validation
+
+    table = _described_before(model, images[0]) if len(images) == 1 else None
+    loaded = _load(model, runtime)
+    known = read_reference(model), read_validation(model), options.resamples
+    if table is None and not _needs_rows(images, None, None):
+        files = gather_images(images)
+        site = SiteImages(files, *file_groups(images, files, options.patient), _name(images))
+        print(site.patients)
+        return check_site(loaded, site, *known)
+    if table is None:
+        with _manifest_of(images) as manifest:
+            table = table_of(manifest, _check_work(model, runtime))
+    table, patients = _with_groups(table, options.patient)
+    print(patients)
+    return check_table(loaded, table, *known, words=(patients, _name(images)))
+
 # %% ../../nbs/commands/07_check.ipynb #5a9d0573
 def check(
     model: str | Path,  # Folder of a run
-    images: str | Path | list,  # Files and folders, or one
-    patient: str | None = None,  # Column of the patients in a CSV file of a folder; a usual one if None
-    out: str | Path | None = None,  # HTML page to write; NAME_check.html if None
+    images: str | Path | list,  # Files and folders, a manifest, or a table of `merge`
+    options: CheckOptions = CheckOptions(),  # Patients and intervals
+    out: str | Path | None = None,  # HTML page to write, NAME_check.html if None; or folder of parts
     overwrite: bool = False,  # Replace a page of that name?
-    resamples: int = 500,  # Bootstrap resamples for the intervals
     runtime: str = 'auto',  # How the CPU computes: as `load_model` takes it
+    shard: str | None = None,  # 'K/N': only describe the images of the K-th of N parts
 ) -> int:  # Exit code: 3 if the site is too different
     "Compare images of a new site, without labels, with those that a model was validated on"
-    from dr_transfer.data.table import file_groups
-    from dr_transfer.inference.predictions import gather_images
     from dr_transfer.utils.files import REPORT_TABLE, companion, new_pair
 
-    images = [images] if isinstance(images, (str, Path)) else list(images)
+    images = _sources(images)
+    if shard is not None:
+        return _check_shard(model, images, options.patient, (out, overwrite), runtime, shard)
     file, replace = _page_file(model, images, out, overwrite)
     with new_pair(file, REPORT_TABLE, replace) as (page, table):
-        files = gather_images(images)
-        loaded = _load(model, runtime)
-        from dr_transfer.evaluation.site_check import SiteImages, check_site
         from dr_transfer.evaluation.site_page import write_site_page
-        from dr_transfer.inference.run import read_reference, read_validation
 
-        site = SiteImages(files, *file_groups(images, files, patient), _name(images))
-        print(site.patients)
-        found = check_site(loaded, site, read_reference(model), read_validation(model), resamples)
+        found = _check_images(model, images, options, runtime)
         _print_check(found)
         with _printed_if_unwritable(found.table, table):
             write_site_page(found, page, table)

@@ -179,3 +179,90 @@ def _print_table(learn):
         print(f'skipped: {row.image}: {row.reason}')
     if len(skipped) > 10:
         print(f'skipped: {len(skipped) - 10} more')
+
+# %% ../../nbs/commands/03_shared.ipynb #ea1e3451
+def _sources(images) -> list:
+    "Return one or more paths as a list"
+    return [images] if isinstance(images, (str, Path)) else list(images)
+
+
+def _needs_rows(images, out, shard) -> bool:
+    "Whether images are read row by row: of a manifest, of a shard, or into a Parquet file"
+    from dr_transfer.data.manifest import is_manifest
+
+    return shard is not None or any(map(is_manifest, _sources(images))) or str(out).lower().endswith('.parquet')
+
+
+@contextmanager
+def _manifest_of(images, patient=False):
+    "Open the manifest that is given, or make one of image files and folders; `patient`: column of the groups"
+    from dr_transfer.data.manifest import is_manifest, listed, open_manifest
+    from dr_transfer.data.table import file_groups
+    from dr_transfer.inference.predictions import gather_images
+
+    sources = _sources(images)
+    tables = [s for s in sources if is_manifest(s)]
+    if tables and len(sources) > 1:
+        raise ValueError(f'{tables[0]} is a manifest: give it alone, or give image files and folders')
+    if tables:
+        with open_manifest(tables[0]) as manifest:
+            yield manifest
+        return
+    files = gather_images(sources)
+    yield listed(files, None if patient is False else file_groups(sources, files, patient)[0])
+
+
+def _words(command, sources, **options) -> tuple:
+    "Return the words of a command, so that a missing part can be made; options with their defaults are left out"
+    words = [command, *map(str, sources)]
+    for name, value in options.items():
+        if value is True:
+            words.append(f'--{name.replace("_", "-")}')
+        elif value not in (None, False):
+            values = value if isinstance(value, (list, tuple)) else [value]
+            words += [f'--{name.replace("_", "-")}', *map(str, values)]
+    return tuple(words)
+
+# %% ../../nbs/commands/03_shared.ipynb #a21c8714
+def _write_work(make_work, manifest, out, overwrite, shard):
+    "Compute the images of a manifest, or of a shard of it; return the `Tally`"
+    from dr_transfer.inference.parts import parts_folder, write_parquet, write_part, write_rows
+    from dr_transfer.utils.files import new_file
+
+    if shard is not None:
+        if out is None:
+            raise ValueError(f'--shard {shard} needs a folder for the parts: give --out FOLDER')
+        file, tally = write_part(parts_folder(out), manifest, shard, make_work(), overwrite)
+        print(f'part: {file}', file=sys.stderr)
+        return tally
+    if out is None:
+        sys.stdout.flush()
+        return write_rows(getattr(sys.stdout, 'buffer', None) or _TextAsBytes(), manifest, make_work())
+    with new_file(out, overwrite) as file:
+        if str(out).lower().endswith('.parquet'):
+            return write_parquet(file, manifest, make_work())
+        with open(file, 'wb') as stream:
+            return write_rows(stream, manifest, make_work())
+
+
+class _TextAsBytes:
+    "Standard output where it takes text only, as in a notebook"
+
+    def write(self, data):
+        sys.stdout.write(data.decode('utf-8', 'surrogateescape'))
+
+
+def _work_code(tally, what) -> int:
+    "Print what was found; return the exit code: 1 if there is no result, or the model fails"
+    from dr_transfer.inference.predictions import NO_PROBABILITIES
+
+    good = tally.images - tally.failed
+    failed = f', {tally.failed} could not be used (column error)' if tally.failed else ''
+    again = f'; {tally.counts.repeated} rows name an image again' if tally.counts.repeated else ''
+    print(f'{good} images {what}{failed}{again}', file=sys.stderr)
+    if not tally.images or (good and NO_PROBABILITIES not in tally.errors):
+        return 0
+    image, error = tally.first
+    line = f'{tally.failed} of {tally.images} images have no result, such as {image}: {error}'
+    print(f'dr_transfer: error: {line}', file=sys.stderr)
+    return 1

@@ -7,6 +7,7 @@ __all__ = ['train', 'advise', 'predict', 'export', 'preprocess', 'demo']
 
 # %% ../../nbs/commands/04_subcommands.ipynb #52b9e06a
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from dr_transfer.commands.arguments import (
@@ -25,12 +26,18 @@ from dr_transfer.commands.shared import (
     _data_name,
     _find_task,
     _load,
+    _manifest_of,
+    _needs_rows,
     _output,
     _print_decision,
     _print_table,
     _printed_if_unwritable,
     _read_table,
+    _sources,
     _wanted_point,
+    _words,
+    _work_code,
+    _write_work,
 )
 
 # %% ../../nbs/commands/04_subcommands.ipynb #91febcac
@@ -171,24 +178,28 @@ def _load_any(model, runtime):
 
 def predict(
     model: str | Path,  # Run, model folder or ONNX file
-    images: str | Path | list,  # Files and folders, or one
-    out: str | Path | None = None,  # CSV to write; printed if None
-    overwrite: bool = False,  # Replace a CSV of that name?
+    images: str | Path | list,  # Files and folders, or one; or a manifest
+    out: str | Path | None = None,  # File to write, or folder of parts; printed if None
+    overwrite: bool = False,  # Replace a file of that name?
     runtime: str = 'auto',  # How the CPU computes: as `load_model` takes it
+    shard: str | None = None,  # 'K/N': only the K-th of N parts
 ) -> int:  # Exit code
-    "Predict images with a saved model; a table as CSV"
+    "Predict images with a saved model; a table as CSV or Parquet"
     from dr_transfer.inference.predictions import gather_images, predict_table
     from dr_transfer.utils.csvfile import write_csv
     from dr_transfer.utils.files import new_file
     from dr_transfer.utils.places import check_outside
 
+    if out is not None:
+        for source in (model, *_sources(images)):
+            check_outside(out, source)
+    if _needs_rows(images, out, shard):
+        return _predict_rows(model, images, out, overwrite, runtime, shard)
     if out is None:
         table = predict_table(_load_any(model, runtime), gather_images(images))
         _as_utf8(sys.stdout)
         write_csv(table, sys.stdout)
     else:
-        for source in (model, *([images] if isinstance(images, (str, Path)) else images)):
-            check_outside(out, source)
         with new_file(out, overwrite) as file:
             table = predict_table(_load_any(model, runtime), gather_images(images))
             with _printed_if_unwritable(table, file):
@@ -197,6 +208,22 @@ def predict(
     more = f', {bad} could not be predicted (column error)' if bad else ''
     print(f'{len(table) - bad} images predicted{more}', file=sys.stderr)
     return _predicted(table)
+
+
+def _predict_rows(model, images, out, overwrite, runtime, shard) -> int:
+    "Predict the images of a manifest row by row, or a shard of them"
+    from dr_transfer.data.manifest import find_shard
+    from dr_transfer.inference.work import model_settings, predict_work
+
+    part = None if shard is None else find_shard(shard)
+    words = _words('predict', [model, *_sources(images)], out=out, runtime=None if runtime == 'auto' else runtime)
+
+    def work():
+        loaded = _load_any(model, runtime)
+        return predict_work(loaded, model_settings(loaded, model), words)
+
+    with _manifest_of(images) as manifest:
+        return _work_code(_write_work(work, manifest, out, overwrite, part), 'predicted')
 
 
 def _predicted(table) -> int:
@@ -231,20 +258,31 @@ def export(
     print(f'written: {file_name} ({size:.1f} MB), with the same predictions as the model')
     return 0
 
+# %% ../../nbs/commands/04_subcommands.ipynb #34115e05
+@dataclass(frozen=True)
+class PreparationOptions:
+    "How each image is prepared"
+
+    size: int = 512  # Height and width of the results in pixels
+    correction: str = 'none'  # Of light: 'none', 'colour' or 'local'
+    to_right: bool = False  # Mirror left eyes (column eye of labels.csv or of the manifest)?
+    format: str = 'png'  # 'png', without loss, or 'jpg'
+
 # %% ../../nbs/commands/04_subcommands.ipynb #12a9b082
 def preprocess(
-    folder: str | Path,  # Folder of images; they are not changed
+    folder: str | Path,  # Folder of images, or manifest; they are not changed
     out: str | Path,  # Folder for the results; finished ones are kept
-    size: int = 512,  # Height and width of the results in pixels
-    correction: str = 'none',  # Of light: 'none', 'colour' or 'local'
-    to_right: bool = False,  # Mirror left eyes (column eye of labels.csv)?
-    format: str = 'png',  # 'png', without loss, or 'jpg'
+    prepared: PreparationOptions = PreparationOptions(),  # How each image is prepared
     workers: int | None = None,  # Threads; one for each core if None
+    shard: str | None = None,  # 'K/N': only the K-th of N parts
 ) -> int:  # Exit code
     "Prepare a folder of fundus images"
     from dr_transfer.data.preprocess import Preparation, preprocess_folder
 
-    t = preprocess_folder(folder, out, Preparation(size, correction, to_right, format), workers)
+    how = Preparation(prepared.size, prepared.correction, prepared.to_right, prepared.format)
+    if _needs_rows(folder, '', shard):
+        return _preprocess_rows(folder, out, how, shard)
+    t = preprocess_folder(folder, out, how, workers)
     bad = t[t.error != '']
     poor = t[t.gradability < 0.5]
     for row in bad.head(10).itertuples():
@@ -258,6 +296,45 @@ def preprocess(
     )
     print(f'table: {Path(out) / "images.csv"}')
     return 0 if len(bad) < len(t) else 1
+
+# %% ../../nbs/commands/04_subcommands.ipynb #7e0f2a3f
+def _preprocess_rows(images, out, how, shard) -> int:
+    "Prepare the images of a manifest row by row, or a shard of them; tables are in OUT/parts"
+    from dr_transfer.data.manifest import find_shard
+    from dr_transfer.inference.parts import parts_folder
+    from dr_transfer.inference.work import preprocess_work
+    from dr_transfer.utils.files import growing_folder
+    from dr_transfer.utils.places import check_outside
+
+    part = None if shard is None else find_shard(shard)
+    check_outside(out, images)
+    options = dict(size=how.size, correction=how.correction, to_right=how.to_right, format=how.format)
+    words = _words('preprocess', [images, out], **options)
+    with _manifest_of(images) as manifest:
+        names = _result_names(images, out, how)
+        folder = Path(out)
+
+        def work():
+            return preprocess_work(folder, how, manifest, names, words)
+
+        if part is None:
+            with growing_folder(out, 'preprocess') as folder:
+                tally = _write_work(work, manifest, folder / 'images.csv', True, None)
+        else:
+            parts_folder(out, 'preprocess')
+            tally = _write_work(work, manifest, folder / 'parts', False, part)
+    return _work_code(tally, f'in {out}')
+
+
+def _result_names(images, out, how) -> dict:
+    "Return the names of the results of a folder; none for a manifest, whose results are named by a hash"
+    from dr_transfer.data.preprocess import _check_apart, _places
+
+    folder = Path(images)
+    if not folder.is_dir():
+        return {}
+    _check_apart(folder, Path(out))
+    return {str(image): name for image, name in _places(folder, Path(out), how).items()}
 
 # %% ../../nbs/commands/04_subcommands.ipynb #4b8adc3d
 def demo(

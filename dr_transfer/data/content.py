@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .images import read_rgb
-from .source import ComputedImage, source_name
+from .source import ComputedImage, read_bytes, source_name
 from ..utils.files import progress
-from ..utils.regular import read_regular
 from ..utils.safe_files import is_shortage
 from ..utils.store import fill_rows
 
@@ -53,7 +52,7 @@ def content_key(
         if isinstance(source, ComputedImage):
             return source.key()
         if isinstance(source, (str, Path)):
-            h.update(read_regular(source))
+            h.update(read_bytes(source))
         elif isinstance(source, bytes):
             h.update(source)
         else:
@@ -81,7 +80,7 @@ class _HashedFile:
 
     def read(self) -> bytes:  # `ChangedError` if the content has changed
         "Read the bytes that were hashed"
-        data = read_regular(self.path)
+        data = read_bytes(self.path)
         if content_key(data) != self.key:
             raise ChangedError(
                 f'{self.path} changed while it was being used: run the command again '

@@ -18,7 +18,7 @@ from PIL import Image
 
 from .fundus import crop_disc, disc_mask, is_fundus
 from .images import fit_square, image_header, read_rgb
-from .source import ImageError
+from .source import FetchedFile, ImageError, open_source
 from ..utils.checks import image_list
 from ..utils.files import progress
 
@@ -128,11 +128,13 @@ def _pixel_statistics(im: Image.Image, fundus: bool) -> dict:
 # %% ../../nbs/data/09_image_statistics.ipynb #687dd3d8
 def _file_statistics(source) -> dict:
     "Statistics of a file, from its header; none for an image that is not a file"
-    if not isinstance(source, (str, Path)):
+    if not isinstance(source, (str, Path, FetchedFile)):
         return {}
     header = image_header(source)
     pixels = header.width * header.height
-    return {'pixels': pixels, 'bytes_per_pixel': os.path.getsize(source) / pixels, 'format': header.format}
+    with open_source(source) as stream:
+        size = stream.seek(0, os.SEEK_END)
+    return {'pixels': pixels, 'bytes_per_pixel': size / pixels, 'format': header.format}
 
 
 def _statistics(source, fundus) -> dict:

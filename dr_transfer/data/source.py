@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..utils.places import too_many_open
-from ..utils.regular import NotAFile, open_regular
+from ..utils.regular import NotAFile, TooLarge, open_regular, read_regular
+from ..utils.uris import FetchError, is_uri, read_uri
 
 # %% ../../nbs/data/01_source.ipynb #2345d9f6
 @dataclass(frozen=True)
@@ -70,10 +71,10 @@ class ComputedImage(ABC):
 
 # %% ../../nbs/data/01_source.ipynb #23313498
 def source_name(
-    source,  # Path, bytes, PIL image or array
+    source,  # Path, URI, bytes, PIL image or array
 ) -> str:
     "Name of an image in messages"
-    source = getattr(source, 'path', source)  # of a `ComputedImage` or `_HashedFile`
+    source = getattr(source, 'path', source)  # of a `ComputedImage`, `FetchedFile` or `_HashedFile`
     return str(source) if isinstance(source, (str, Path)) else f'an image given as {type(source).__name__}'
 
 
@@ -90,6 +91,8 @@ def naming(
         raise ImageError('no such file', source_name(source)) from None
     except PermissionError:
         raise ImageError('no permission to read it', source_name(source)) from None
+    except FetchError as e:
+        raise ImageError(str(e), source_name(source)) from e
     except MemoryError:
         raise ImageError('it needs more memory than is available', source_name(source)) from None
     except Exception as e:  # decoders raise every kind of error for damaged data
@@ -102,10 +105,24 @@ def _megabytes(n) -> str:
     return f'{n / 1e6:,.0f} MB'
 
 
-def _opened(source) -> BinaryIO:
-    "Open a file or bytes as a stream; raise an `ImageError` if it is not a regular file"
+def _fetched(uri, max_bytes) -> bytes:
+    "Read what a URI names; raise an `ImageError` if that is too large, or the package for it is missing"
+    try:
+        return read_uri(uri, max_bytes)
+    except TooLarge:
+        raise ImageError(f'a file of more than {_megabytes(max_bytes)}: save it smaller', uri) from None
+    except ValueError as e:
+        raise ImageError(str(e), uri) from None
+
+
+def _opened(source, max_bytes) -> BinaryIO:
+    "Open a file, a URI or bytes as a stream; raise an `ImageError` if it is not a regular file"
     if isinstance(source, bytes):
+        if getattr(source, 'error', ''):
+            raise ImageError(source.error)
         return io.BytesIO(source)
+    if is_uri(source):
+        return io.BytesIO(_fetched(source, max_bytes))
     try:
         return open_regular(source)
     except NotAFile as e:
@@ -114,19 +131,57 @@ def _opened(source) -> BinaryIO:
 
 @contextmanager
 def open_source(
-    source,  # Path or bytes
+    source,  # Path, URI or bytes
     max_bytes: int = IMAGE_LIMITS.file_bytes,  # Maximum size in bytes
 ) -> Iterator[BinaryIO]:
     "Open a file or bytes as a stream; raise an `ImageError` if empty, too large or not regular"
     if not isinstance(source, (str, Path, bytes)):
         raise ImageError(f'{type(source).__name__} is not an image: give a path, bytes, a PIL image or an array')
-    with _opened(source) as stream:
-        size = len(source) if isinstance(source, bytes) else os.fstat(stream.fileno()).st_size
+    with _opened(source, max_bytes) as stream:
+        size = stream.getbuffer().nbytes if isinstance(stream, io.BytesIO) else os.fstat(stream.fileno()).st_size
         if size == 0:
             raise ImageError('empty file')
         if size > max_bytes:
             raise ImageError(f'a file of {_megabytes(size)}, more than {_megabytes(max_bytes)}: save it smaller')
         yield stream
+
+# %% ../../nbs/data/01_source.ipynb #82262c94
+class FetchedFile(bytes):
+    "The bytes of an image file, with its name; `error` is the reason if they could not be read, or ''"
+
+    path: str  # Path or URI
+    error: str
+
+    def __new__(
+        cls,
+        data: bytes,  # Content of the file; b'' if it could not be read
+        path: str,  # Path or URI
+        error: str = '',  # Why it could not be read
+    ):
+        "Make it; bytes are set when they are made, not in `__init__`"
+        file = super().__new__(cls, data)
+        file.path, file.error = path, error
+        return file
+
+
+def read_bytes(
+    source: str | Path,  # Path or URI of an image
+) -> bytes:  # Errors as of `read_regular` and `read_uri`
+    "Read the bytes of an image file"
+    return read_uri(source, IMAGE_LIMITS.file_bytes) if is_uri(source) else read_regular(source)
+
+
+def fetch_file(
+    place: str | Path,  # Path or URI
+    name: str = '',  # Name for messages and results; the place if empty
+) -> FetchedFile:
+    "Read an image file that is decoded later; nothing is raised, except if too many files are open"
+    name = name or str(place)
+    try:
+        with naming(place), open_source(place) as stream:
+            return FetchedFile(stream.read(), name)
+    except ImageError as e:
+        return FetchedFile(b'', name, e.reason)
 
 # %% ../../nbs/data/01_source.ipynb #0dd28052
 _HEAD_BYTES = 132  # bytes that determine the kind of a file

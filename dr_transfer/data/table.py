@@ -39,6 +39,7 @@ from .sources import with_sources
 from ..metrics.groups import group_key, same_groups
 from ..utils.files import DATA_KINDS, MARKER, output_kind
 from ..utils.places import OutputError
+from ..utils.uris import is_uri
 
 # %% ../../nbs/data/16_table.ipynb #08a82432
 def _is_data(folder: Path) -> bool:
@@ -124,7 +125,7 @@ class _Files:
 
 
 def _locate(names, folder, files) -> list:
-    "Find the file of each name in a CSV, or None"
+    "Find the file of each name in a CSV, or None; a URI stays as it is"
     by_path = {}
     by_name = defaultdict(list)
     for f in files:
@@ -134,7 +135,7 @@ def _locate(names, folder, files) -> list:
             by_name[key].append(f)
     homes = Counter(str(f.parent) for name in names for f in by_name.get(name.strip(), []))
     known = _Files(folder, by_path, by_name, homes)
-    return [known.locate(name) for name in names]
+    return [name.strip() if is_uri(name.strip()) else known.locate(name) for name in names]
 
 # %% ../../nbs/data/16_table.ipynb #8a6d6ac0
 # The library's own columns; the user's columns begin with data_

@@ -13,8 +13,10 @@ import numpy as np
 import pandas as pd
 
 from ..data.image_statistics import STATISTIC_WORDS, image_statistics
+from ..inference.parts import Work
 from ..inference.predictions import predict_with_features
-from ..inference.saved_model import ImageModel
+from ..inference.saved_model import ImageModel, describe_features
+from ..inference.work import columns_of_table, prediction_columns, with_errors
 from ..metrics.drift import drift_table, drift_words, p_words
 from ..metrics.expected import expected_metrics
 
@@ -154,6 +156,29 @@ def _described(model, site) -> pd.DataFrame:
     t.insert(1, 'group', [None] * len(t) if site.groups is None else list(site.groups))
     return t.join(image_statistics(site.images, model.card.reader)).assign(error=errors)
 
+# %% ../../nbs/evaluation/13_site_check.ipynb #288b4f98
+def check_work(
+    model: ImageModel,  # From `load_model`
+    settings: dict,  # From `model_settings`
+    words: tuple[str, ...] = (),  # Words of the command
+) -> Work:
+    "Describe each image of a manifest, as `check_site` describes those of a folder"
+    d = None if model.distribution is None else np.zeros((1, len(model.distribution.mean)))
+    features = [] if d is None else list(describe_features(model.distribution, d).columns[1:])
+    numbers = ['unlike', *features, *[s for s in STATISTIC_WORDS if s != 'format']]
+    columns = prediction_columns(model) | dict.fromkeys(numbers, 'number') | {'format': 'text', 'error': 'text'}
+    order = [*prediction_columns(model), 'unlike', *features, *STATISTIC_WORDS, 'error']
+    columns = {name: columns[name] for name in order}
+
+    def described(files):
+        t = predict_with_features(model, files)
+        return t.join(image_statistics(files, model.card.reader).drop(columns='error', errors='ignore'))
+
+    def compute(rows, files):
+        return columns_of_table(with_errors(described, files), columns, {'set': ''})
+
+    return Work('check', settings, columns, compute, words)
+
 
 def site_reference(
     model: ImageModel,  # A model that is made for a site
@@ -199,7 +224,19 @@ def check_site(
     n: int = 500,  # Number of bootstrap resamples
 ) -> SiteCheck:  # ValueError if no image can be read, or nothing can be compared
     "Compare the images of a site with the validation images of a model"
-    table = _described(model, site)
+    return check_table(model, _described(model, site), reference, valid, n, words=(site.patients, site.name))
+
+
+def check_table(
+    model: ImageModel,  # From `load_model`
+    table: pd.DataFrame,  # Images as `check_work` describes them, with a column `group`
+    reference: pd.DataFrame | None = None,  # From `read_reference`
+    valid: pd.DataFrame | None = None,  # From `read_validation`
+    n: int = 500,  # Number of bootstrap resamples
+    *,
+    words: tuple[str, str] = ('', ''),  # Where the groups come from, and the name of the site
+) -> SiteCheck:  # ValueError if no image can be read, or nothing can be compared
+    "Compare images that were described before, such as by many processes"
     readable = table[table.error == ''].reset_index(drop=True)
     if not len(readable):
         raise ValueError(f'none of the {len(table)} images can be used, such as {table.image[0]}: {table.error[0]}')
@@ -216,7 +253,7 @@ def check_site(
         raise ValueError(f'nothing can be compared with the training site. {"; ".join(missing)}')
     verdict = _verdict(readable.unlike.to_numpy(), drift, expected, _unlike_limit(model, reference))
     usual = _usual_fraction(model, reference)
-    return SiteCheck(table, model.about, verdict, drift, expected, usual, missing, site.patients, site.name)
+    return SiteCheck(table, model.about, verdict, drift, expected, usual, missing, *words)
 
 # %% ../../nbs/evaluation/13_site_check.ipynb #1cb01115
 _DRIFT_WORDS = {**STATISTIC_WORDS, 'unlike': ('less unlike the training images', 'more unlike the training images')}

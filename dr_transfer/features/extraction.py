@@ -8,7 +8,6 @@ __all__ = ['Features', 'image_features']
 # %% ../../nbs/features/01_extraction.ipynb #2f19826e
 import hashlib
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -280,14 +279,19 @@ def _view_stores(body, about, names, folder) -> dict:
     size = about['size']
     probe = body.pooled(torch.zeros(1, 3, size, size, device=device), names)
     digests = {n: weights_digest(body, n) for n in names}
-    out = {}
-    for v, n in product(range(len(VIEWS[about['views']])), names):
-        view = view_name(about['views'], v)
-        field = _field(n, v)
-        shape = (1, len(about['pools']), probe[n].shape[-1])
-        what = {**about, 'views': view, 'stage': n, 'weights': digests[n]}
-        out[field] = ArrayStore(folder, f'{about["arch"]}-{size}px-{view}-{n}', what, {field: (shape, 'float32')})
-    return out
+    views = range(len(VIEWS[about['views']]))
+    return {
+        _field(n, v): _view_store(about, (n, v, digests[n]), probe[n].shape[-1], folder) for v in views for n in names
+    }
+
+
+def _view_store(about, which, d, folder) -> ArrayStore:
+    "Store of vectors (d,) of a stage and view, `which`: the stage, the number of the view, hash of the weights"
+    stage, v, digest = which
+    view = view_name(about['views'], v)
+    what = {**about, 'views': view, 'stage': stage, 'weights': digest}
+    name = f'{about["arch"]}-{about["size"]}px-{view}-{stage}'
+    return ArrayStore(folder, name, what, {_field(stage, v): ((1, len(about['pools']), d), 'float32')})
 
 
 def _pooled_views(body, views, pools, x, fields) -> dict:

@@ -16,6 +16,11 @@ _DIRECTIONS = 64  # main directions that have a variance of their own
 _MIN_TRAINING_IMAGES = 50  # training images, and half as many held-out images, below which nothing is described
 
 # %% ../../nbs/features/06_unlike.ipynb #9e66ecd6
+def _along(x, directions) -> np.ndarray:  # float64 (n, k)
+    "Products of rows and directions, the same bits however many rows there are; those of `@` depend on it"
+    return np.einsum('nd,kd->nk', np.ascontiguousarray(x), directions.astype(np.float64))
+
+
 @dataclass(frozen=True)
 class TrainingDistribution:
     "What the features of training images look like: a Gaussian with few directions, and a limit for distances"
@@ -45,7 +50,7 @@ class TrainingDistribution:
     ) -> np.ndarray:  # float64 (n,), 0 or more; NaN for features that are NaN
         "Mahalanobis distance of each image, relative to the limit: 1 or more is unlike the training images"
         x = self._standardised(features)
-        along = x @ self.directions.T.astype(np.float64)
+        along = _along(x, self.directions)
         outside = (x**2).sum(1) - (along**2).sum(1)
         squared = (along**2 / self.variances).sum(1) + outside.clip(min=0) / self.rest
         return np.sqrt(squared) / self.limit
@@ -56,7 +61,7 @@ class TrainingDistribution:
         k: int = 8,  # Number of main directions
     ) -> np.ndarray:  # float64 (n, k or fewer), in standard deviations of the training images
         "Where each image is along the main directions"
-        along = self._standardised(features) @ self.directions[:k].T.astype(np.float64)
+        along = _along(self._standardised(features), self.directions[:k])
         return along / np.sqrt(self.variances[:k])
 
     def _standardised(self, features) -> np.ndarray:

@@ -14,22 +14,28 @@ import pandas as pd
 from ..data.images import image_errors
 from ..data.table import find_images
 from ..metrics.decision import apply_decision, prediction_table
+from ..utils.uris import is_uri
 
 # %% ../../nbs/inference/02_predictions.ipynb #42f84429
 def gather_images(
-    sources: list,  # Paths of files and folders, or one path
-) -> list[str]:  # Paths of image files, each once
+    sources: list,  # Paths of files and folders, URIs of images, or one of them
+) -> list[str]:  # Paths and URIs of image files, each once
     "List the image files in files and folders; ValueError if a path does not exist or a folder has no images"
     out = []
     if isinstance(sources, (str, os.PathLike)):
         sources = [sources]
     for s in map(str, sources):
+        if is_uri(s) and s.endswith('/'):
+            raise ValueError(
+                f'{s} is a folder in a store, which is not listed: give a manifest, a CSV or Parquet file with a '
+                "column 'image'"
+            )
         if os.path.isdir(s):
             files = find_images(s)
             if not files:
                 raise ValueError(f'no images in {s}: give image files, or folders that contain some')
             out += [os.path.join(s, os.path.relpath(f, s)) for f in files]
-        elif os.path.exists(s):
+        elif os.path.exists(s) or is_uri(s):
             out.append(s)
         else:
             raise ValueError(f'{s} does not exist: give image files or folders')

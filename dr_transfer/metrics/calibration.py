@@ -82,7 +82,8 @@ def apply_temperature(
     temperature: float,  # From `fit_temperature`
 ) -> np.ndarray:  # Probabilities (n, classes)
     "Divide the logits by a temperature and return the probabilities"
-    return softmax(_log(probs) / temperature, axis=1)
+    logits = np.ascontiguousarray(_log(probs) / temperature)  # in one layout, so that rows are added up alike
+    return softmax(logits, axis=1)
 
 # %% ../../nbs/metrics/05_calibration.ipynb #5b5a872f
 def referral_curve(

@@ -30,7 +30,8 @@ def prediction_table(
     "Table of probabilities with the most probable class"
     probs = np.asarray(probs, dtype=float).reshape(-1, len(classes))
     predicted = pd.Series([None if np.isnan(p).any() else classes[p.argmax()] for p in probs], dtype=object)
-    return pd.DataFrame({'image': images, 'prediction': predicted}).join(
+    names = pd.Series(list(images), dtype=object)  # a name may have bytes that are not UTF-8
+    return pd.DataFrame({'image': names, 'prediction': predicted}).join(
         pd.DataFrame(probs, columns=[f'p_{c}' for c in classes])
     )
 

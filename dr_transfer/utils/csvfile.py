@@ -9,6 +9,7 @@ __all__ = ['CsvError']
 import csv
 import io
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -24,6 +25,11 @@ MAX_CELL = 32_767  # characters of a cell
 _SEPARATORS = ',;\t'
 
 # %% ../../nbs/utils/07_csvfile.ipynb #d7055731
+if pd.get_option('mode.string_storage') == 'auto':
+    # Names of files may have bytes that are not UTF-8. Strings of pyarrow, which pandas would use, cannot hold them.
+    pd.set_option('mode.string_storage', 'python')
+
+
 class CsvError(ValueError):
     "A CSV file that cannot be read, or a table that cannot be written as one"
 
@@ -132,10 +138,10 @@ def _is_joined(lines, row, sep) -> bool:
 
 
 class _Lines:
-    "Iterator over the lines of a text that keeps the lines of the last row"
+    "Iterator over lines that keeps those of the last row"
 
-    def __init__(self, text):
-        self.lines = io.StringIO(text, newline='')
+    def __init__(self, lines):
+        self.lines = lines
         self.number = 0
         self.last = []
 
@@ -151,7 +157,7 @@ class _Lines:
 # %% ../../nbs/utils/07_csvfile.ipynb #c4a6c1f3
 def _rows(text, sep, file):
     "Yield each row with the number of its first line; raise a `CsvError` for an invalid row"
-    lines, width = _Lines(text), None
+    lines, width = _Lines(io.StringIO(text, newline='') if isinstance(text, str) else text), None
     rows = csv.reader(lines, delimiter=sep, skipinitialspace=True, strict=True)
     while True:
         first = lines.number + 1
@@ -254,6 +260,28 @@ def read_csv(
             raise CsvError(f'{file} has more than {MAX_ROWS} rows: split it')
         rows.append(row)
     return pd.DataFrame(_columns(names, rows), dtype=object)
+
+# %% ../../nbs/utils/07_csvfile.ipynb #75b956c8
+_SAMPLE_BYTES = 2**16  # bytes from which the separator is found
+
+
+def csv_rows(
+    stream,  # Open binary file that can be moved back to its start
+    name: str,  # Name of the file, for errors
+) -> Iterator[tuple[int, list[str]]]:  # Line number and cells; first the column names
+    "Yield the rows of a CSV file without loading it; raise a `CsvError` for an invalid row"
+    head = stream.read(_SAMPLE_BYTES)
+    if head[:2] in (b'\xff\xfe', b'\xfe\xff') or b'\0' in head:
+        raise CsvError(f'{name} cannot be read as a CSV file row by row: it is not UTF-8. Save it as CSV UTF-8')
+    if not head.strip():
+        raise CsvError(f'{name} cannot be read as a CSV file: it is empty. Its first line must name the columns')
+    sep = _separator(head.decode('utf-8-sig', 'surrogateescape'))
+    stream.seek(0)
+    found = _rows(io.TextIOWrapper(stream, 'utf-8-sig', 'surrogateescape', newline=''), sep, name)
+    number, header = next(found)
+    yield number, _names(header, name)
+    for number, row in found:
+        yield number, [unescape_cell(cell) for cell in row]
 
 # %% ../../nbs/utils/07_csvfile.ipynb #64a3bd3e
 def text_errors(

@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -399,6 +400,19 @@ def warn(
     warnings.warn(text, TransferWarning, stacklevel=3)
 
 # %% ../../nbs/utils/03_files.ipynb #923b41a6
+_QUIET = ContextVar('quiet', default=False)
+
+
+@contextmanager
+def no_progress() -> Iterator[None]:
+    "Show no progress within the block, where it is part of work that shows its own"
+    token = _QUIET.set(True)
+    try:
+        yield
+    finally:
+        _QUIET.reset(token)
+
+
 def progress(
     items: Iterable,  # The items
     total: int | None = None,  # Number of items, if `len` does not give it
@@ -407,6 +421,9 @@ def progress(
     file=None,  # Output stream; standard error if None
 ) -> Iterator:  # The same items
     "Iterate over `items` with a progress bar on a terminal, or with plain lines in a log"
+    if _QUIET.get():
+        yield from items
+        return
     file = file or sys.stderr
     if total is None and hasattr(items, '__len__'):
         total = len(items)
