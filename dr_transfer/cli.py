@@ -17,6 +17,7 @@ from dr_transfer.commands.arguments import (
     add_comparison_arguments,
     add_fold_arguments,
     add_guarantee_arguments,
+    add_point_arguments,
     add_recipe_arguments,
     add_report_arguments,
     add_resamples,
@@ -31,6 +32,7 @@ from dr_transfer.commands.arguments import (
 )
 from .commands.backbones import backbones
 from .commands.check import check
+from .commands.ensemble import ensemble
 from .commands.sites import adapt, recalibrate
 from .commands.subcommands import advise, demo, export, predict, preprocess, train
 from .commands.validation import compare, cross_validate, evaluate
@@ -85,6 +87,7 @@ def _parser() -> CommandParser:
         _add_compare,
         _add_recalibrate,
         _add_adapt,
+        _add_ensemble,
         _add_backbones,
     ):
         add_command(commands)
@@ -300,6 +303,24 @@ def _add_adapt(commands):
         metavar='DIR',
         type=path_name,
         help='folder to write; DIR is not changed (default: the name of IMAGES and _adapted)',
+    )
+
+
+def _add_ensemble(commands):
+    add = _command(
+        commands,
+        'ensemble',
+        ensemble,
+        'Make one run from several, whose model averages their predictions',
+        'dr_transfer ensemble lite0_run resnet_run --out ensemble_run',
+    )
+    add('runs', metavar='RUN', type=path_name, nargs='+', help='folders written by dr_transfer train, two or more')
+    add_point_arguments(add)
+    add(
+        '--out',
+        metavar='DIR',
+        type=path_name,
+        help='folder to write; the runs are not changed (default: their names and _ensemble)',
     )
 
 

@@ -267,6 +267,32 @@ def add_fold_arguments(
 
 # %% ../../nbs/commands/01_arguments.ipynb #5b2204d3
 @dataclass(frozen=True)
+class PointOptions:
+    "The operating point to reach on validation images"
+
+    sensitivity: float | None = None  # To reach; as required of the model if None
+    specificity: float | None = None  # To reach instead
+
+
+def add_point_arguments(
+    add: Callable,  # `add_argument` of a parser
+):
+    "Add the options of `PointOptions`"
+    add(
+        '--sensitivity',
+        metavar='FRACTION',
+        type=_fraction,
+        help='operating point: sensitivity on the common validation images (default: as required of the runs)',
+    )
+    add(
+        '--specificity',
+        metavar='FRACTION',
+        type=_fraction,
+        help='operating point: specificity on these images, instead of a sensitivity',
+    )
+
+
+@dataclass(frozen=True)
 class GuaranteeOptions:
     "The operating point that must hold for new patients, and with which confidence"
 
