@@ -205,7 +205,7 @@ def _graph(model):
         def forward(self, images):
             maps = [self.maps(i, images) for i in range(len(self.nets))]
             probs = [net[1](m).softmax(1).unflatten(0, (len(views), -1)).mean(0) for net, m in zip(self.nets, maps)]
-            p = sum(probs) / len(probs)
+            p = probs[0] if len(probs) == 1 else torch.stack(probs).mean(0)
             out = (p.clamp(min=1e-12).log() / temperature).softmax(1), p
             if self.distance is None:
                 return out
