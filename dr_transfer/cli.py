@@ -305,7 +305,7 @@ def _add_adapt(commands):
         help='folder to write; DIR is not changed (default: the name of IMAGES and _adapted)',
     )
 
-
+# %% ../nbs/cli.ipynb #be60c161
 def _add_ensemble(commands):
     add = _command(
         commands,

@@ -238,7 +238,7 @@ def default_bs(
 
 # %% ../../nbs/models/13_network.ipynb #7d1aaf4f
 def view_outputs(
-    model: nn.Module,  # Body and head, or an `Ensemble`; of another module the output is the features
+    model: nn.Module,  # Body and head, or `Ensemble`; of another module it is the features
     sources: list,  # Paths or images
     read: Callable,  # source -> square PIL image
     mean,  # Mean of each channel, 0 to 1, for normalisation

@@ -47,7 +47,7 @@ class _MemberRun:
     model: str  # Hash of the weights of its model, as in its model.json
     record: 'RunRecord | None' = None  # How it was trained; None: not known
 
-
+# %% ../../nbs/training/06_record.ipynb #304088cf
 @dataclass
 class RunRecord:
     "How a learner was built and trained"
