@@ -14,10 +14,11 @@ from contextlib import suppress
 
 from dr_transfer.commands.arguments import (
     CommandParser,
+    add_candidate_arguments,
     add_comparison_arguments,
     add_fold_arguments,
     add_guarantee_arguments,
-    add_network_arguments,
+    add_point_arguments,
     add_recipe_arguments,
     add_report_arguments,
     add_resamples,
@@ -32,6 +33,7 @@ from dr_transfer.commands.arguments import (
 )
 from .commands.backbones import backbones
 from .commands.check import check
+from .commands.ensemble import ensemble
 from .commands.parts import add_feature_arguments, features, merge
 from .commands.sites import adapt, recalibrate
 from .commands.subcommands import advise, demo, export, predict, preprocess, train
@@ -90,6 +92,7 @@ def _parser() -> CommandParser:
         _add_compare,
         _add_recalibrate,
         _add_adapt,
+        _add_ensemble,
         _add_backbones,
     ):
         add_command(commands)
@@ -133,7 +136,7 @@ def _add_advise(commands):
         'Measure the images of a folder and recommend a plan',
         'dr_transfer advise images/messidor2 --task dr',
     )
-    for group in (add_table_arguments, add_task_arguments, add_split_arguments, add_network_arguments):
+    for group in (add_table_arguments, add_task_arguments, add_split_arguments, add_candidate_arguments):
         group(add)
     add('--out', metavar='PNG', type=path_name, help='figure to write (default: the name of DATA and _advice.png)')
 
@@ -367,6 +370,24 @@ def _add_adapt(commands):
         metavar='DIR',
         type=path_name,
         help='folder to write; DIR is not changed (default: the name of IMAGES and _adapted)',
+    )
+
+# %% ../nbs/cli.ipynb #be60c161
+def _add_ensemble(commands):
+    add = _command(
+        commands,
+        'ensemble',
+        ensemble,
+        'Make one run from several, whose model averages their predictions',
+        'dr_transfer ensemble lite0_run resnet_run --out ensemble_run',
+    )
+    add('runs', metavar='RUN', type=path_name, nargs='+', help='folders written by dr_transfer train, two or more')
+    add_point_arguments(add)
+    add(
+        '--out',
+        metavar='DIR',
+        type=path_name,
+        help='folder to write; the runs are not changed (default: their names and _ensemble)',
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 from helpers import content, good
 
 from dr_transfer.cli import _parser
-from dr_transfer.commands import arguments, backbones, check, parts, sites, subcommands, validation
+from dr_transfer.commands import arguments, backbones, check, ensemble, parts, sites, subcommands, validation
 from dr_transfer.commands.arguments import (
     ComparisonOptions,
     FoldOptions,
@@ -92,7 +92,7 @@ def test_an_option_reaches_the_parameter_of_its_name(name):
 
 def test_every_command_is_a_function_with_few_typed_parameters():
     functions = [getattr(m, name) for m in (subcommands, validation, sites, check, backbones) for name in m.__all__]
-    functions += [parts.features, parts.merge]
+    functions += [parts.features, parts.merge, ensemble.ensemble]  # the number of public names is limited
     assert {p.get_default('run') for p in PARSERS.values()} == set(functions)
     for function in functions:
         parameters = inspect.signature(function).parameters.values()
@@ -101,7 +101,8 @@ def test_every_command_is_a_function_with_few_typed_parameters():
 
 
 def test_no_command_takes_a_namespace():
-    for module in ('subcommands', 'validation', 'sites', 'check', 'parts', 'backbones', 'shared', 'demo'):
+    modules = ('subcommands', 'validation', 'sites', 'check', 'parts', 'ensemble', 'backbones', 'shared', 'demo')
+    for module in modules:
         text = (Path(arguments.__file__).parent / f'{module}.py').read_text(encoding='utf-8')
         names = {getattr(node, 'id', getattr(node, 'attr', '')) for node in ast.walk(ast.parse(text))}
         assert not names & {'argparse', 'Namespace'}, module
@@ -109,7 +110,7 @@ def test_no_command_takes_a_namespace():
 
 def test_groups_of_options_cannot_be_changed():
     groups = [g for g in vars(arguments).values() if isinstance(g, type) and dataclasses.is_dataclass(g)]
-    assert len(groups) == 10
+    assert len(groups) == 12
     for group in groups:
         assert group.__dataclass_params__.frozen, group
 

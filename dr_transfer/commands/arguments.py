@@ -214,7 +214,7 @@ def add_training_arguments(
 
 
 @dataclass(frozen=True)
-class NetworkOptions:
+class CandidateOptions:
     "Which networks the advisor measures"
 
     arch: str | None = None  # Backbone; efficientnet_lite0 if None
@@ -223,10 +223,10 @@ class NetworkOptions:
     weights: str | Path | None = None  # A file or 'random'; those of the backbone if None
 
 
-def add_network_arguments(
+def add_candidate_arguments(
     add: Callable,  # `add_argument` of a parser
 ):
-    "Add the options of `NetworkOptions`"
+    "Add the options of `CandidateOptions`"
     add(
         '--arch',
         metavar='NAME',
@@ -315,6 +315,32 @@ def add_fold_arguments(
     )
 
 # %% ../../nbs/commands/01_arguments.ipynb #5b2204d3
+@dataclass(frozen=True)
+class PointOptions:
+    "The operating point to reach on validation images"
+
+    sensitivity: float | None = None  # To reach; as required of the model if None
+    specificity: float | None = None  # To reach instead
+
+
+def add_point_arguments(
+    add: Callable,  # `add_argument` of a parser
+):
+    "Add the options of `PointOptions`"
+    add(
+        '--sensitivity',
+        metavar='FRACTION',
+        type=_fraction,
+        help='operating point: sensitivity on the common validation images (default: as required of the runs)',
+    )
+    add(
+        '--specificity',
+        metavar='FRACTION',
+        type=_fraction,
+        help='operating point: specificity on these images, instead of a sensitivity',
+    )
+
+
 @dataclass(frozen=True)
 class GuaranteeOptions:
     "The operating point that must hold for new patients, and with which confidence"

@@ -71,7 +71,7 @@ def _local_reference(model, table):
 
 
 def _write_site_run(model, table, record, folder):
-    "Write the run of a model that was made from another one: model, record, and what `check` needs of the local images"
+    "Write the run of a model that was made from others, with its predictions of a table; return their metrics"
     from dr_transfer.inference.run import validation_table, write_record
     from dr_transfer.inference.saved_model import save_model
     from dr_transfer.metrics.decision import table_arrays
@@ -81,18 +81,20 @@ def _write_site_run(model, table, record, folder):
     save_model(model, folder / 'model')
     write_csv(table, folder / 'predictions.csv')
     write_csv(_local_reference(model, table), folder / 'reference.csv')
-    if record is None:
-        return
     card = model.card
+    metrics = validation_table(table, model.classes, card.views)
+    if record is None:
+        return metrics
     local = replace(
         record,
         decision=card.decision,
         made_from=card.made_from,
         gap=None,  # of other validation images
         validation=summary(*table_arrays(table, model.classes), model.classes),
-        validation_table=validation_table(table, model.classes, card.views).to_dict('index'),
+        validation_table=metrics.to_dict('index'),
     )
     write_record(local, folder)
+    return metrics
 
 # %% ../../nbs/commands/06_sites.ipynb #bc360ff4
 def adapt(

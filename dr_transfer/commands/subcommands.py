@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dr_transfer.commands.arguments import (
-    NetworkOptions,
+    CandidateOptions,
     OutputOptions,
     RecipeOptions,
     SplitOptions,
@@ -74,7 +74,7 @@ def _build(images, found_task, task, split, training, recipe, runtime):
 
     plan = recipe.plan
     if plan == 'advise':
-        network = NetworkOptions(recipe.arch, weights=training.weights)
+        network = CandidateOptions(recipe.arch, weights=training.weights)
         plan = _print_advice(images, found_task, task, split, network, runtime)
     return build_learner(
         images,
@@ -148,7 +148,7 @@ def advise(
     table: TableOptions,  # Labelled images
     task: TaskOptions = TaskOptions(),  # What is predicted
     split: SplitOptions = SplitOptions(),  # How images are split
-    network: NetworkOptions = NetworkOptions(),  # Backbone, or several to choose from
+    network: CandidateOptions = CandidateOptions(),  # Backbone, or several to choose from
     output: OutputOptions = OutputOptions(),  # Figure to write; NAME_advice.png if not given
     runtime: str = 'auto',  # How the CPU computes: as `build_learner` takes it
 ) -> int:  # Exit code

@@ -19,6 +19,7 @@ from .site_check import expected_row, with_interval
 from ..inference.predictions import predict_table
 from ..inference.saved_model import ImageModel
 from ..metrics.expected import expected_metrics
+from ..models.joined import check_one_network
 from ..models.network import AveragePool, view_outputs
 from ..utils.checks import image_list
 
@@ -35,6 +36,7 @@ class AdaptationError(ValueError):
 
 def _first_norm(model) -> nn.BatchNorm1d:
     "The layer of a network that standardises the features; AdaptationError if it has none"
+    check_one_network(model, 'adapting')
     head = model[1]
     if isinstance(head[0], AveragePool) and isinstance(head[1], nn.BatchNorm1d):
         return head[1]

@@ -16,6 +16,7 @@ from ..data.summary import MadeFrom
 from .elsewhere_page import elsewhere_html
 from .page_parts import _facts, _figure, _html, _interval_text, _table, _with_interval
 from .report import COMPUTED, GRADABLE, Evaluation, endpoint_table
+from ..inference.card import network_words
 from ..metrics.decision import decisions, table_arrays
 from ..metrics.plots import plot_confusion
 from ..metrics.prediction_sets import coverage_table
@@ -321,7 +322,7 @@ def _record(e) -> str:
     "Describe the model and its training"
     a = e.about
     rows = {
-        'network': a.get('arch'),
+        'network': network_words(a),
         'pretrained weights': (a.get('weights') or {}).get('kind'),
         'licence of these weights': a.get('licence'),
         'task': f'{a.get("task")}, {a.get("target")}',
@@ -365,7 +366,7 @@ def report_html(
         sections['Images that could not be read'] = _html('table', t=_table(t, index=False))
     page = _html(
         'page',
-        title=f'{e.about.get("arch") or "a model"} on {e.data or "images"}',
+        title=f'{network_words(e.about) or "a model"} on {e.data or "images"}',
         meaning=_meaning(e, m),
         sections=[(heading, text) for heading, text in sections.items() if text],
     )

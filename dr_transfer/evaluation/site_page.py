@@ -23,6 +23,7 @@ from dr_transfer.evaluation.site_check import (
     site_drift_words,
     unlike_words,
 )
+from ..inference.card import network_words
 from ..utils.csvfile import write_csv
 from ..utils.files import package_version
 
@@ -147,7 +148,7 @@ def _record(check) -> str:
     "Describe the model, so that the check can be repeated"
     a = check.about
     rows = {
-        'network': a.get('arch'),
+        'network': network_words(a),
         'task': f'{a.get("task")}, {a.get("target")}',
         'image size in pixels': a.get('size'),
         'weights of the model, SHA-256': a.get('tensors_sha256'),

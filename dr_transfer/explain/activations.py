@@ -25,6 +25,7 @@ from ..data.fundus import read_image
 from ..data.views import normalize, stack_images
 from ..features.extraction import Features, _chosen
 from ..metrics.intervals import bootstrap, group_codes
+from ..models.joined import check_one_network
 from ..models.stages import Stages, stage_names
 from ..synthetic.fundus import contact_sheet
 from ..utils.checks import image_list
@@ -198,6 +199,7 @@ def model_parts(
     if about is None:
         body, head = model.body, model.model[1]
     else:
+        check_one_network(model.model, 'an explanation')
         body, head = model.model
     how = about or vars(task)
     normal = about or vars(body.stages.spec)

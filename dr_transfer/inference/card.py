@@ -8,7 +8,7 @@ __all__ = ['ModelCard', 'ModelError']
 # %% ../../nbs/inference/01_card.ipynb #6a680a20
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +37,7 @@ from dr_transfer.utils.schema import (
 
 # %% ../../nbs/inference/01_card.ipynb #593a7d48
 MAX_CLASSES = 10_000
+MAX_MEMBERS = 50  # networks of an ensemble
 _VIEW_NAMES = ('none', 'quarter_turns', 'mirror', 'mirror_near')
 _SETS_OF_VIEWS = (
     *_VIEW_NAMES,
@@ -60,15 +61,41 @@ class Training:
     data: DataSummary | None = None  # Summary of the images
     more: dict = field(default_factory=dict)  # Fields of another version
 
-# %% ../../nbs/inference/01_card.ipynb #eefa5f63
-@dataclass(frozen=True)
-class ModelCard(JsonFields):
-    "Description of a trained model: what it expects, what it returns and how it was trained"
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkCard:
+    "Description of a trained network: how it is built, what images it expects, and how it was trained"
 
     arch: _Name  # Name of the backbone here, in timm or in torchvision
     stage: _Name  # Last stage of the backbone that is used
     n_stages: Annotated[int, Range(1, 1000)] = field(metadata={FORMERLY: 'tap'})  # Stages that the head sees
     head: Head  # Description of the head
+    mean: tuple[_Mean, _Mean, _Mean]  # For normalisation, red, green, blue
+    std: tuple[_Std, _Std, _Std]  # For normalisation, red, green, blue
+    weights: dict[str, str] = field(default_factory=dict)  # Pretrained weights: name, source, hash
+    licence: str = ''  # Licence of the pretrained weights
+    versions: dict[str, str] = field(default_factory=dict)  # Versions of the packages in training
+    seed: int | None = None  # Seed of the training
+    training: Training = Training()  # How the model was trained
+    tensors_sha256: str = ''  # Hash of model.safetensors; of a member that of its own file
+    runtime: Annotated[str, Known(('', *_RUNTIME_NAMES))] = field(
+        default='', metadata={LATER: True, FORMERLY: 'setting'}
+    )  # Memory format and precision on the CPU in training
+    block_stages: Annotated[int, Range(1, 1000)] | None = field(
+        default=None, metadata={LATER: True}
+    )  # Number of stages that the blocks of a transformer form
+    pool: str = field(default='', metadata={LATER: True})  # How tokens are pooled; '' for maps
+    pretrained_on: tuple[str, ...] = field(default=(), metadata={LATER: True})  # Sets of the pretraining
+    more: dict = field(default_factory=dict)  # Fields of another version
+
+# %% ../../nbs/inference/01_card.ipynb #eefa5f63
+@dataclass(frozen=True, kw_only=True)
+class ModelCard(NetworkCard, JsonFields):
+    """Description of a trained model: what it expects, what it returns and how it was trained.
+
+    The networks of an ensemble are described by `members`; what else is stated of a network holds for the first.
+    """
+
     classes: Annotated[tuple[str, ...], Length(2, MAX_CLASSES)]  # Class names in the order of the outputs
     task: str  # Name of the task
     target: str  # Name of the target
@@ -76,27 +103,13 @@ class ModelCard(JsonFields):
     reader: Annotated[str, Known(READERS)]  # How an image is read
     fit: Annotated[str, Known(FITS)]  # How an image is made square
     views: Annotated[str, Known(_SETS_OF_VIEWS)]  # Views that predictions are averaged over
-    mean: tuple[_Mean, _Mean, _Mean]  # For normalisation, red, green, blue
-    std: tuple[_Std, _Std, _Std]  # For normalisation, red, green, blue
     decision: Decision | None = None  # Temperature, threshold, cut points
-    weights: dict[str, str] = field(default_factory=dict)  # Pretrained weights: name, source, hash
-    licence: str = ''  # Licence of the pretrained weights
-    versions: dict[str, str] = field(default_factory=dict)  # Versions of the packages in training
-    seed: int | None = None  # Seed of the training
-    training: Training = Training()  # How the model was trained
-    tensors_sha256: str = ''  # Hash of model.safetensors
-    runtime: Annotated[str, Known(('', *_RUNTIME_NAMES))] = field(
-        default='', metadata={LATER: True, FORMERLY: 'setting'}
-    )  # Memory format and precision on the CPU in training
     positive: Positive | None = field(default=None, metadata={LATER: True})  # The positive classes
     ordered: bool = field(default=False, metadata={LATER: True})  # Are the classes ordered grades?
     made_from: MadeFrom | None = field(default=None, metadata={LATER: True})  # The model it was made from
-    block_stages: Annotated[int, Range(1, 1000)] | None = field(
-        default=None, metadata={LATER: True}
-    )  # Number of stages that the blocks of a transformer form
-    pool: str = field(default='', metadata={LATER: True})  # How tokens are pooled; '' for maps
-    pretrained_on: tuple[str, ...] = field(default=(), metadata={LATER: True})  # Sets of the pretraining
-    more: dict = field(default_factory=dict)  # Fields of another version
+    members: Annotated[tuple[NetworkCard, ...], Length(0, MAX_MEMBERS)] = field(
+        default=(), metadata={LATER: True}
+    )  # Networks of an ensemble, in the order of their weights
 
     def __post_init__(self):
         try:
@@ -109,6 +122,14 @@ class ModelCard(JsonFields):
             raise SchemaError('positive', self.positive, f'classes of the model, but {e}') from None
         if self.decision is not None:
             self.decision.check(classes)
+        if len(self.members) == 1:
+            raise SchemaError('members', self.members, 'no members, or two or more')
+
+    @property
+    def networks(self) -> tuple['ModelCard', ...]:
+        "A card for each network of an ensemble by itself; of another model its own card"
+        names = [f.name for f in fields(NetworkCard)]
+        return tuple(replace(self, members=(), **{n: getattr(m, n) for n in names}) for m in self.members) or (self,)
 
     @property
     def class_set(self) -> Classes:
@@ -127,6 +148,16 @@ class ModelCard(JsonFields):
 
 # %% ../../nbs/inference/01_card.ipynb #f6e0b492
 FIELDS = required_fields(ModelCard)
+
+# %% ../../nbs/inference/01_card.ipynb #826d984f
+def network_words(
+    about: dict,  # A card as a dict, or the part of it that is known
+) -> str:  # '' if it is not known
+    "Name the network of a model, or those of an ensemble"
+    names = [member['arch'] for member in about.get('members') or ()]
+    if not names:
+        return about.get('arch') or ''
+    return f'ensemble of {len(names)} networks: {", ".join(names)}'
 
 # %% ../../nbs/inference/01_card.ipynb #49014cf3
 CARD_FORMAT = 'dr_transfer model 3'

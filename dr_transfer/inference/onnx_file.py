@@ -161,13 +161,11 @@ def _temperature(card) -> float:
     return card.decision.temperature if card.decision else 1.0
 
 
-def _graph(model):
-    "Make a module on the CPU from RGB (0 to 1) to calibrated and uncalibrated probabilities; also return its network"
+def _plain_copy(network):
+    "Copy a network to the CPU, in 32-bit precision and with layers that can be converted"
     import torch
 
-    from dr_transfer.data.views import VIEWS
-
-    body, head = model.model
+    body, head = network
     net = torch.nn.Sequential(getattr(body, 'stages', body), head)
     net = copy.deepcopy(net).cpu().float().eval()
     net = net.to(memory_format=torch.contiguous_format)
@@ -176,30 +174,45 @@ def _graph(model):
             m.inplace = False  # converts faster
         if hasattr(m, 'fused_attn'):
             m.fused_attn = False  # attention of timm; the fused one is converted only in 4 dimensions
+    return net
+
+
+def _graph(model):
+    "Make a module on the CPU from RGB (0 to 1) to calibrated and uncalibrated probabilities; also return its network"
+    import torch
+
+    from dr_transfer.data.views import VIEWS
+    from dr_transfer.models.joined import Ensemble, network_parts
+
     card = model.card
     views = VIEWS[card.views]
     temperature = _temperature(card)
     distance = _distance_module(model.distribution)
+    parts = [(_plain_copy(n), *own) for n, *own in network_parts(model.model, card.mean, card.std)]
 
     class Graph(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.net = net
+            self.nets = torch.nn.ModuleList(net for net, *_ in parts)
             self.distance = distance
-            for k in ('mean', 'std'):
-                values = torch.tensor(getattr(card, k), dtype=torch.float32)
-                self.register_buffer(k, values[:, None, None])
+            for k, values in zip(('means', 'stds'), zip(*[own for _, *own in parts])):
+                self.register_buffer(k, torch.tensor(values, dtype=torch.float32)[:, :, None, None])
+
+        def maps(self, i, images):
+            x = (images - self.means[i]) / self.stds[i]
+            return self.nets[i][0](torch.cat(list(views.of(x))))
 
         def forward(self, images):
-            x = (images - self.mean) / self.std
-            maps = self.net[0](torch.cat(list(views.of(x))))
-            p = self.net[1](maps).softmax(1).unflatten(0, (len(views), -1)).mean(0)
+            maps = [self.maps(i, images) for i in range(len(self.nets))]
+            probs = [net[1](m).softmax(1).unflatten(0, (len(views), -1)).mean(0) for net, m in zip(self.nets, maps)]
+            p = probs[0] if len(probs) == 1 else torch.stack(probs).mean(0)
             out = (p.clamp(min=1e-12).log() / temperature).softmax(1), p
             if self.distance is None:
                 return out
-            return *out, self.distance(maps.unflatten(0, (len(views), -1))[0])
+            return *out, self.distance(maps[0].unflatten(0, (len(views), -1))[0])
 
-    return Graph().eval(), net
+    nets = [net for net, *_ in parts]
+    return Graph().eval(), Ensemble(nets, [own for _, *own in parts])
 
 # %% ../../nbs/inference/04_onnx_file.ipynb #86d81a01
 def _distance_module(distribution):

@@ -25,6 +25,7 @@ from ..features.unlike import TrainingDistribution, training_distribution
 from .card import ModelCard, ModelError, Training, card_error, card_text, read_card
 from ..metrics.classes import Classes
 from ..models.backbones import create_body
+from ..models.joined import Ensemble
 from ..models.network import create_head, head_inputs, make_body, view_outputs, view_probs
 from ..models.registry import build_network, saved_arch, saved_backbone
 from ..models.speed import get_runtime, runtime_name
@@ -55,7 +56,7 @@ class ImageModel:
 
     def __init__(
         self,
-        model: nn.Module,  # Body and head
+        model: nn.Module,  # Body and head, or an `Ensemble`
         about: ModelCard | dict,  # The card, or its fields as a dict
         seen: np.ndarray | None = None,  # Hashes of its training and validation images, uint8 (n, 32)
         seen_use: np.ndarray | None = None,  # Subset of each: 1 train, 2 valid, 3 both; uint8 (n,)
@@ -312,14 +313,21 @@ def save_model(
 _SPARE_BYTES = 2 * 2**30  # bytes of weights that a backbone may have beyond those in the file
 
 
+def _network_bytes(arch) -> int:
+    "Bytes of the weights of a network"
+    return sum(v.nbytes for v in build_network(saved_backbone(arch)).state_dict().values())
+
+
 def _check_memory(card, stored: int):
-    "Raise a ModelError if the backbone needs far more memory than the weights in the file"
+    "Raise a ModelError if the backbones need far more memory than the weights in the file"
+    archs = [network.arch for network in card.networks]
     with torch.device('meta'):
-        net = build_network(saved_backbone(card.arch))
-    needed = sum(v.nbytes for v in net.state_dict().values())
+        bytes_of = {arch: _network_bytes(arch) for arch in set(archs)}
+    needed = sum(bytes_of[arch] for arch in archs)
     if needed > _SPARE_BYTES + 4 * stored:
+        name = max(archs, key=bytes_of.get)
         raise ModelError(
-            f"the network '{card.arch}' has {needed / 2**30:.1f} GiB of weights, but the file has only "
+            f"the network '{name}' has {needed / 2**30:.1f} GiB of weights, but the file has only "
             f'{stored / 2**30:.3f} GiB of them: building it would take too much memory. '
             'Use a smaller backbone, or more of its stages'
         )
@@ -382,8 +390,10 @@ def _compare(described: dict, found: dict):
             )
 
 
-def _build_model(card, found, runtime) -> nn.Module:
+def _build_network(card, found, runtime) -> nn.Sequential:
     "Build the network of a card; ValueError if its tensors differ from those found in the file"
+    if runtime == 'auto' and card.runtime:
+        runtime = get_runtime(card.runtime)  # another one changes the probabilities
     in_body = {k: v for k, v in found.items() if k.startswith('0.')}
     in_head = {k: v for k, v in found.items() if k not in in_body}
     how = {'size': card.size, 'block_stages': card.block_stages, 'pool': card.pool or None}
@@ -394,6 +404,19 @@ def _build_model(card, found, runtime) -> nn.Module:
     with torch.device('meta'):
         _compare({f'1.{k}': v for k, v in create_head(*shape).state_dict().items()}, in_head)
     return nn.Sequential(body, create_head(*shape))
+
+
+def _build_model(card, found, runtime) -> nn.Module:
+    "Build the network of a card, or those of an ensemble; ValueError if tensors differ from those found in the file"
+    if not card.members:
+        return _build_network(card, found, runtime)
+    prefixes = [f'networks.{i}.' for i in range(len(card.networks))]
+    _compare({}, {k: v for k, v in found.items() if not k.startswith(tuple(prefixes))})
+    networks = []
+    for prefix, own in zip(prefixes, card.networks):
+        tensors = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
+        networks.append(_build_network(own, tensors, runtime))
+    return Ensemble(networks, [(own.mean, own.std) for own in card.networks])
 
 # %% ../../nbs/inference/03_saved_model.ipynb #0c14f1dd
 def _check_hashes(file, found: dict):
@@ -457,8 +480,6 @@ def load_model(
         runtime = get_runtime(runtime)
     card = _read_folder(folder)
     file = folder / 'model.safetensors'
-    if runtime == 'auto' and card.runtime:
-        runtime = get_runtime(card.runtime)  # another one changes the probabilities
     found = _header(file)
     _check_hashes(file, {name: found.pop(name) for name in _HASH_TENSORS if name in found})
     found = {name: shape for name, shape in found.items() if not name.startswith(_DISTRIBUTION)}

@@ -13,6 +13,7 @@ from torch import nn
 from ..data.fundus import read_image
 from ..data.views import normalize, stack_images
 from .saved_model import ImageModel
+from ..models.joined import check_one_network
 from ..models.layout import ChannelsFirst
 from ..models.network import AveragePool
 from ..models.ordered import ORDERED
@@ -105,6 +106,7 @@ def dense_model(
     size: int,  # Height and width of its training images in pixels
 ) -> nn.Sequential:  # Images (n, 3, h, w) to logits (n, k, h', w')
     "Convert a model to one that scores each window of a larger image; (n, k, 1, 1) at its own size"
+    check_one_network(model, 'a score map')
     stages = getattr(model[0], 'stages', model[0]).eval()
     if getattr(stages, 'layout', None) != ChannelsFirst():
         raise ValueError(

@@ -16,7 +16,7 @@ from torch import nn
 from ..data.source import NETWORK_SIZES
 from ..data.views import VIEWS, map_batches, normalize, stack_images
 from .head import Head
-from .joined import JoinedNetworks
+from .joined import JoinedNetworks, network_parts
 from .ordered import ORDERED
 from .registry import nearest_size, patch_size
 from .speed import Runtime, forward_copy, get_runtime, training_copy
@@ -238,7 +238,7 @@ def default_bs(
 
 # %% ../../nbs/models/13_network.ipynb #7d1aaf4f
 def view_outputs(
-    model: nn.Module,  # Body and head; of another module the output is the features
+    model: nn.Module,  # Body and head, or `Ensemble`; of another module it is the features
     sources: list,  # Paths or images
     read: Callable,  # source -> square PIL image
     mean,  # Mean of each channel, 0 to 1, for normalisation
@@ -248,22 +248,25 @@ def view_outputs(
     bs: int | None = None,  # Batch size; `default_bs` if None
     average: bool = True,  # Average the probabilities over the views?
 ) -> tuple[np.ndarray, np.ndarray]:  # Probabilities; features (n, views, d)
-    "Predict class probabilities, and compute the features that the head gets from each view"
+    "Predict class probabilities, and compute the features that the head, of an ensemble the first, gets from each view"
     if views not in VIEWS:
         raise unknown('views', views, VIEWS)
     device = next(model.eval().parameters()).device
     bs = bs or default_bs(device)
-    body, head = model if isinstance(model, nn.Sequential) else (model, nn.Identity())
     pool = AveragePool()
+
+    def of_network(network, x):
+        body, head = network if isinstance(network, nn.Sequential) else (network, nn.Identity())
+        maps = [body(view) for view in VIEWS[views].of(x)]  # the first view is the unchanged image
+        p = torch.stack([head(m).softmax(1) for m in maps], 1)
+        return p.mean(1) if average else p, torch.stack([pool(m).float() for m in maps], 1)
 
     @torch.inference_mode()
     def outputs(x):
-        x = normalize(x.to(device), mean, std)
-        maps = [body(view) for view in VIEWS[views].of(x)]  # the first view is the unchanged image
-        p = torch.stack([head(m).softmax(1) for m in maps], 1)
-        p = p.mean(1) if average else p
-        features = torch.stack([pool(m).float() for m in maps], 1)
-        return {'probs': p.cpu().numpy(), 'features': features.cpu().numpy()}
+        x = x.to(device)
+        parts = network_parts(model, mean, std)
+        p, features = zip(*[of_network(network, normalize(x, *own)) for network, *own in parts])
+        return {'probs': torch.stack(p).mean(0).cpu().numpy(), 'features': features[0].cpu().numpy()}
 
     n_batches = -(-len(sources) // bs)
     batches = map_batches(outputs, sources, read, bs, device)
@@ -281,7 +284,7 @@ def view_outputs(
 
 
 def view_probs(
-    model: nn.Module,  # Body and head; put into evaluation mode
+    model: nn.Module,  # Body and head, or an `Ensemble`; put into evaluation mode
     sources: list,  # Paths or images
     read: Callable,  # source -> square PIL image
     mean,  # Mean of each channel, 0 to 1, for normalisation

@@ -40,6 +40,15 @@ class UsedRuntimes:
 
 # %% ../../nbs/training/06_record.ipynb #9a758b5e
 @dataclass
+class _MemberRun:
+    "A run that an ensemble was made from"
+
+    name: str  # Name of its folder
+    model: str  # Hash of the weights of its model, as in its model.json
+    record: 'RunRecord | None' = None  # How it was trained; None: not known
+
+# %% ../../nbs/training/06_record.ipynb #304088cf
+@dataclass
 class RunRecord:
     "How a learner was built and trained"
 
@@ -79,6 +88,7 @@ class RunRecord:
     made_from: MadeFrom | None = field(default=None, metadata={LATER: True})  # The model it was made from
     block_stages: int | None = field(default=None, metadata={LATER: True})  # Stages that transformer blocks form
     pool: str = field(default='', metadata={LATER: True})  # How tokens are pooled; '' for maps
+    members: tuple[_MemberRun, ...] = field(default=(), metadata={LATER: True})  # Runs of an ensemble
 
     def add_epochs(
         self,
