@@ -17,6 +17,7 @@ from helpers import content, good
 from dr_transfer.cli import _parser
 from dr_transfer.commands import arguments, backbones, check, ensemble, parts, sites, subcommands, validation
 from dr_transfer.commands.arguments import (
+    CandidateOptions,
     ComparisonOptions,
     FoldOptions,
     OutputOptions,
@@ -180,9 +181,8 @@ def test_advise(flowers, tmp_path):
         TableOptions(flowers),
         TaskOptions(size=64),
         SplitOptions(valid=0.3),
-        arch='test_resnet',
-        weights='random',
-        output=OutputOptions(figure),
+        CandidateOptions('test_resnet', weights='random'),
+        OutputOptions(figure),
     )
     assert printed.splitlines()[-1] == f'figure: {figure}'
     assert figure.read_bytes().startswith(b'\x89PNG')
