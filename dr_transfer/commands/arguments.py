@@ -314,7 +314,7 @@ def add_fold_arguments(
         help='group: folds of patients; source: also leave one source out, and compare (default: %(default)s)',
     )
 
-# %% ../../nbs/commands/01_arguments.ipynb #5b2204d3
+# %% ../../nbs/commands/01_arguments.ipynb #6e7f758c
 @dataclass(frozen=True)
 class PointOptions:
     "The operating point to reach on validation images"
@@ -340,7 +340,7 @@ def add_point_arguments(
         help='operating point: specificity on these images, instead of a sensitivity',
     )
 
-
+# %% ../../nbs/commands/01_arguments.ipynb #5b2204d3
 @dataclass(frozen=True)
 class GuaranteeOptions:
     "The operating point that must hold for new patients, and with which confidence"
