@@ -34,7 +34,7 @@ from dr_transfer.commands.arguments import (
 from .commands.backbones import backbones
 from .commands.check import check
 from .commands.ensemble import ensemble
-from .commands.parts import add_feature_arguments, features, merge
+from .commands.parts import add_feature_arguments, add_images, add_shard, features, merge
 from .commands.sites import adapt, recalibrate
 from .commands.subcommands import advise, demo, export, predict, preprocess, train
 from .commands.validation import compare, cross_validate, evaluate
@@ -155,34 +155,16 @@ def _add_predict(commands):
         type=path_name,
         help='folder written by dr_transfer train, a model folder, or an ONNX file',
     )
-    _add_images(add)
+    add_images(add)
     add(
         '--out',
         metavar='FILE',
         type=path_name,
         help='CSV or Parquet file to write, or folder of parts with --shard (default: print)',
     )
-    _add_shard(add)
+    add_shard(add)
 
 # %% ../nbs/cli.ipynb #28d665a5
-def _add_images(add):
-    add(
-        'images',
-        metavar='IMAGES',
-        type=path_name,
-        nargs='+',
-        help="image files, or folders to search for images; or a manifest: CSV or Parquet with a column 'image'",
-    )
-
-
-def _add_shard(add):
-    add(
-        '--shard',
-        metavar='K/N',
-        help='only the K-th of N parts of the images, as a Parquet file in --out; dr_transfer merge puts them together',
-    )
-
-
 def _add_features(commands):
     add = _command(
         commands,
@@ -191,10 +173,10 @@ def _add_features(commands):
         'Compute the features of images with a pretrained network or a trained model',
         'dr_transfer features images.csv --arch vit_small_patch14_dinov2.lvd142m --out features.parquet',
     )
-    _add_images(add)
+    add_images(add)
     add_feature_arguments(add)
     add('--out', metavar='FILE', type=path_name, help='Parquet file, or folder of parts with --shard')
-    _add_shard(add)
+    add_shard(add)
 
 
 def _add_merge(commands):
@@ -242,7 +224,7 @@ def _add_preprocess(commands):
     add('--to-right', action='store_true', help='mirror left eyes (column eye of labels.csv)')
     add('--format', help='png (lossless) or jpg (default: %(default)s)')
     add('--workers', metavar='N', type=whole_number(1, 256), help='number of threads (default: one per core)')
-    _add_shard(add)
+    add_shard(add)
 
 # %% ../nbs/cli.ipynb #94fda426
 def _add_evaluate(commands):
@@ -293,7 +275,7 @@ def _add_check(commands):
         type=path_name,
         help='page to write; NAME_predictions.csv is written next to it (default: the name of IMAGES and _check.html)',
     )
-    _add_shard(add)
+    add_shard(add)
 
 # %% ../nbs/cli.ipynb #f4e3956b
 def _add_cross_validate(commands):

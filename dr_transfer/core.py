@@ -61,8 +61,11 @@ def _fitting_task(task, spec, say) -> Task:
     return get_task(task, size)
 
 
-def _chosen_network(train, task, plan, weights, **how) -> str:
+def _chosen_network(table, task, plan, weights, stage, **how) -> str:
     "The best network on this machine for the training images; several side by side if only the head is trained"
+    if stage is not None:
+        raise ValueError(f"stage={stage!r} is a stage of one network, and arch='auto' chooses one: omit stage")
+    train = table[table.split == 'train']
     if plan is None:
         usual, _ = choose_plan(len(train), gpu=default_device().type != 'cpu')
         plan = get_plan(usual)
@@ -204,10 +207,7 @@ def build_learner(
     table = split_data(data, task, task_target, **how)
     report_table(table, say)
     if name == AUTO:
-        if stage is not None:
-            raise ValueError(f"stage={stage!r} is a stage of one network, and arch='auto' chooses one: omit stage")
-        train = table[table.split == 'train']
-        name = _chosen_network(train, task, plan, weights, seed=seed, runtime=runtime, say=say)
+        name = _chosen_network(table, task, plan, weights, stage, seed=seed, runtime=runtime, say=say)
     spec = find_backbone(name)
     task = _fitting_task(task, spec, say)
     task = get_task(task, augment=base.augmentation(task.augment) if augment is None else augment)

@@ -241,7 +241,7 @@ def add_candidate_arguments(
     )
     add('--weights', metavar='FILE', type=path_name, help="weights of the backbone from a file, or 'random'")
 
-
+# %% ../../nbs/commands/01_arguments.ipynb #4c215539
 @dataclass(frozen=True)
 class RecipeOptions:
     "Which network, plan, head and operating point"

@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from .arguments import path_name
 from .shared import _manifest_of, _sources, _words, _work_code, _write_work
 
 # %% ../../nbs/commands/09_parts.ipynb #7b8d2b20
@@ -32,6 +33,30 @@ class FeatureOptions:
     views: str = 'none'  # Name of a set of views; 'task': those of the task
     pool: str | None = None  # Kind of pooling; that of the network if None
     store: bool = False  # Write them into the cache, where training finds them?
+
+
+def add_images(
+    add,  # `add_argument` of a parser
+):
+    "Add the argument for images or a manifest"
+    add(
+        'images',
+        metavar='IMAGES',
+        nargs='+',
+        type=path_name,
+        help="image files, or folders to search for images; or a manifest: CSV or Parquet with a column 'image'",
+    )
+
+
+def add_shard(
+    add,  # `add_argument` of a parser
+):
+    "Add the option for a part of the images"
+    add(
+        '--shard',
+        metavar='K/N',
+        help='only the K-th of N parts of the images, as a Parquet file in --out; dr_transfer merge puts them together',
+    )
 
 
 def add_feature_arguments(

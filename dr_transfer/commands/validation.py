@@ -143,7 +143,7 @@ def _check_cross(task, training, recipe):
             'Run dr_transfer advise --arch auto, and give the recommended network'
         )
 
-
+# %% ../../nbs/commands/05_validation.ipynb #c8e303ee
 def _cross_evaluation(images, task, training, recipe, options, runtime):
     "Return the evaluation that a report of cross-validation shows"
     from dr_transfer.evaluation.by_source import by_source_table

@@ -19,7 +19,7 @@ HASH_BITS = 256  # bits of a hash
 MAX_COPY_BITS = 40  # bits that may differ between near copies
 _EACH = 30_000  # maximum number of images that are compared each with each
 _MISSED = 1e-6  # probability that a pair is missed
-_PIECE = 2_000_000  # maximum number of pairs that are compared at a time
+_PAIRS_AT_A_TIME = 2_000_000  # maximum number of pairs that are compared at a time
 
 
 def signs(
@@ -66,7 +66,7 @@ def _agreeing(key):
     first = 0
     while first < len(key):
         done = total[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(total, done + _PIECE, side='right')))
+        last = max(first + 1, int(np.searchsorted(total, done + _PAIRS_AT_A_TIME, side='right')))
         n = partners[first:last]
         i = np.repeat(np.arange(first, last), n)
         j = i + 1 + np.arange(len(i)) - np.repeat(np.cumsum(n) - n, n)

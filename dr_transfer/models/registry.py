@@ -80,6 +80,7 @@ def _lite(i, size):
 DEFAULT_ARCH = 'efficientnet_lite0'  # the default of `arch=`
 JOIN = '+'  # between the names of networks side by side
 AUTO = 'auto'  # instead of a name: the best for the training images
+JOINED_STAGES = {'last': 4, 'neck': 3}  # last stage -> number of stages of each network side by side
 
 # %% ../../nbs/models/05_registry.ipynb #2a52e072
 def head_stages(
@@ -364,13 +365,6 @@ def _meta(factory):
         return timm.create_model(factory)
 
 
-def joined_stages(
-    neck: bool,  # Is the neck the last of them?
-) -> int:
-    "Number of stages that the head reads of each of several networks side by side"
-    return 3 if neck else 4
-
-
 def _joined(name) -> Backbone:
     "The description of several networks side by side, in the normalisation of the first"
     names = name.split(JOIN)
@@ -394,8 +388,8 @@ def _joined(name) -> Backbone:
         ', '.join(dict.fromkeys(part.licence for part in parts)),
         'joined',
         until=next((part.until for part in parts if part.until), ''),
-        n_stages=joined_stages(neck=False),
-        with_neck=joined_stages(neck=True),
+        n_stages=JOINED_STAGES['last'],
+        with_neck=JOINED_STAGES['neck'],
         pretrained_on=tuple(dict.fromkeys(seen)),
     )
 

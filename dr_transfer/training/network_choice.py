@@ -23,7 +23,7 @@ from ..features.extraction import extract_features
 from ..features.probes import depth_profile, stage_gain
 from ..models.backbones import at_hand, create_body
 from ..models.network import make_body
-from ..models.registry import BACKBONES, JOIN, find_backbone, head_stages, joined_stages, nearest_size
+from ..models.registry import BACKBONES, JOIN, JOINED_STAGES, find_backbone, head_stages, nearest_size
 from ..models.stages import stage_names
 from .candidates import MAX_IMAGES, images_to_test, sample_groups, training_sample
 
@@ -90,7 +90,7 @@ def network_candidate(
     stages = create_body(name, weights, n_stages, last, size=task.size)
     body = make_body(stages, task.size, runtime)
     names = list(stage_names(stages))
-    n_beside = joined_stages(names[-1] == 'neck')
+    n_beside = JOINED_STAGES['neck' if names[-1] == 'neck' else 'last']
     seconds = _seconds(body, task, images[: 3 * _N_TIMED])
     return _Candidate(name, body, task, names[-stages.n_stages :], names[-n_beside:], seconds)
 
