@@ -98,7 +98,7 @@ def test_a_name_leads_to_the_public_function_and_not_to_the_command():
     assert corrected(command) == function
     assert corrected(function) == function
     assert corrected(command, 'commands/subcommands.html') == command  # the page of the command means the command
-    assert corrected('[`advise`](../training/02_advisor.ipynb)') == '[`advise`](../training/02_advisor.ipynb)'
+    assert corrected('[`advise`](../training/04_advisor.ipynb)') == '[`advise`](../training/04_advisor.ipynb)'
 
 
 def test_each_public_name_has_an_address():
