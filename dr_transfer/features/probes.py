@@ -23,6 +23,7 @@ from torch import nn
 from ..data.sources import source_folds
 from .classifiers import grouped_folds
 from .extraction import Features, compute_views, reading
+from ..metrics.groups import GroupError
 from ..metrics.intervals import group_codes
 from ..metrics.scores import accuracy, auc, quadratic_kappa
 from ..models.network import Body
@@ -176,6 +177,7 @@ class _Validation:
     classes: np.ndarray  # Class names
     metric: str  # Name in `PROBE_METRICS`
     folds: list  # (training rows, test rows)
+    groups: np.ndarray | None = None  # Group of each image (n,)
 
     @property
     def test_ratio(self) -> float:
@@ -183,14 +185,26 @@ class _Validation:
         return float(np.mean([len(test) / len(train) for train, test in self.folds]))
 
 
+def _penalty_errors(x, targets, y, groups) -> np.ndarray | None:
+    "Squared error of each penalty on other groups, in three folds; None for too few groups"
+    try:
+        folds = grouped_folds(y, groups, 3)
+    except GroupError:
+        return None
+    errors = [(ridge_path(x[a], targets[a], x[b])[0] - targets[b]) ** 2 for a, b in folds]
+    return sum(e.sum((1, 2)) for e in errors)
+
+
 def _fold_score(validation, x, tested, train, test) -> float:
-    "Score on the test images, with the penalty chosen by GCV; NaN if the training images have one class"
+    "Score on the test images, with a penalty chosen on the training images; NaN if these have one class"
     y_train = validation.y[train]
     if len(np.unique(y_train)) < 2:
         return np.nan
-    one_hot = np.eye(len(validation.classes))[y_train]
-    scores, gcv = ridge_path(x[train], 2.0 * one_hot - 1, tested[test])
-    best = scores[gcv.argmin()]
+    targets = 2.0 * np.eye(len(validation.classes))[y_train] - 1
+    groups = None if validation.groups is None else validation.groups[train]
+    errors = _penalty_errors(x[train], targets, y_train, groups)
+    scores, gcv = ridge_path(x[train], targets, tested[test])
+    best = scores[(gcv if errors is None else errors).argmin()]
     return PROBE_METRICS[validation.metric](validation.y[test], best, validation.classes)
 
 
@@ -240,7 +254,7 @@ def depth_profile(
         parts = source_folds(classes[codes], sources)
     else:
         parts = [f for r in range(repeats) for f in grouped_folds(classes[codes], groups, folds, seed + r)]
-    validation = _Validation(codes, classes, metric, parts)
+    validation = _Validation(codes, classes, metric, parts, groups)
     if stages is None:
         stages = list(features.stages)
     rows = {}
@@ -359,7 +373,7 @@ def learning_speed(
     scores = []
     rows = []
     for runs in folds_of_fraction:
-        fold_scores = np.array(_fold_scores(_Validation(codes, classes, metric, runs), x))
+        fold_scores = np.array(_fold_scores(_Validation(codes, classes, metric, runs, groups), x))
         scores.append(fold_scores)
         n = np.mean([len(train) for train, _ in runs])
         rows.append({'images': round(n), **_row(fold_scores, test_ratio, metric)})
