@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-IDS = [*(f'F{i:02}' for i in range(1, 68)), *(f'U{i}' for i in range(1, 17)), *(f'N{i:02}' for i in range(1, 15))]
+IDS = [*(f'F{i:02}' for i in range(1, 68)), *(f'U{i}' for i in range(1, 17)), *(f'N{i:02}' for i in range(1, 16))]
 with open(ROOT / 'nbs' / 'results' / 'checklist.csv', encoding='utf-8', newline='') as f:
     ROWS = list(csv.DictReader(f))
 
