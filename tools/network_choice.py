@@ -20,6 +20,7 @@ The results are written to nbs/results/network_choice.csv, and each score to nbs
 
 import argparse
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 
@@ -86,33 +87,36 @@ class Networks:
         self.data = data
         self.task = task
         self.candidates = {name: network_candidate(name, task, images=data.images) for name in SINGLE}
+        self.of_network = cache(self._of_network)
 
-    def features(self, name, images) -> np.ndarray:
+    def _of_network(self, name, change, rows):
+        "`Features` of one network, of some images"
+        c = self.candidates[name]
+        images = [self.data.images[i] for i in rows]
+        if change:
+            images = changed_images(images, change)
+        how = dict(views='none' + (LOCAL if self.data.positive else ''), stages=c.all_stages)
+        return extract_features(images, c.body, c.task.size, c.task.reader, c.task.fit, **how)
+
+    def features(self, name, rows, change='') -> np.ndarray:
         "Features (images, views, channels) of a network, or of several side by side"
-        views = 'none' + (LOCAL if self.data.positive else '')
         names = name.split(JOIN)
         arrays = []
         for c in (self.candidates[name] for name in names):
             stages = c.stages if len(names) == 1 else c.beside
-            how = dict(views=views, stages=c.all_stages)
-            f = extract_features(images, c.body, c.task.size, c.task.reader, c.task.fit, **how)
-            arrays.append(f.numpy(stages))
+            arrays.append(self.of_network(c.name, change, tuple(rows)).numpy(stages))
         return np.concatenate(arrays, -1)
 
     def score(self, name, scenario) -> float:
         "Score of a network that was trained on all training images of a scenario"
         data = self.data
-        x = self.features(name, data.images)
+        x = self.features(name, range(len(data.images)))
         model = fitted(Candidate('', '', 0.01), x[scenario.train], data.y[scenario.train])
         own = mean([data.metric(predicted(model, x[rows]), rows) for rows in scenario.tests])
         if data.positive:
             return own
         rows = np.sort(np.random.default_rng(0).permutation(scenario.tests[0])[:N_CHANGED])
-        images = [data.images[i] for i in rows]
-        changed = [
-            data.metric(predicted(model, self.features(name, changed_images(images, change))), rows)
-            for change in CHANGES
-        ]
+        changed = [data.metric(predicted(model, self.features(name, rows, change)), rows) for change in CHANGES]
         return (own + mean(changed)) / 2
 
 
