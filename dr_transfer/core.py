@@ -51,8 +51,9 @@ from .training.stored import learner_features
 from .utils.checks import check_seed, check_workers, image_list
 
 # %% ../nbs/core.ipynb #ea9a5707
-def _fitting_task(task, spec, say) -> Task:
+def _fitting_task(task, arch, say) -> Task:
     "A task with the nearest image size that the patches of a transformer allow"
+    spec = find_backbone(arch)
     size = nearest_size(spec, task.size)
     if size == task.size:
         return task
@@ -61,8 +62,10 @@ def _fitting_task(task, spec, say) -> Task:
     return get_task(task, size)
 
 
-def _chosen_network(table, task, plan, weights, stage, **how) -> str:
-    "The best network on this machine for the training images; several side by side if only the head is trained"
+def _chosen_network(arch, table, task, plan, weights, stage, **how) -> str:
+    "For 'auto' the best network on this machine; several side by side if only the head is trained"
+    if arch != AUTO:
+        return arch
     if stage is not None:
         raise ValueError(f"stage={stage!r} is a stage of one network, and arch='auto' chooses one: omit stage")
     train = table[table.split == 'train']
@@ -206,12 +209,10 @@ def build_learner(
     how: Any = dict(labels=labels, valid=valid, seed=seed, allow_leaks=allow_leaks, group_col=group_col)
     table = split_data(data, task, task_target, **how)
     report_table(table, say)
-    if name == AUTO:
-        name = _chosen_network(table, task, plan, weights, stage, seed=seed, runtime=runtime, say=say)
-    spec = find_backbone(name)
-    task = _fitting_task(task, spec, say)
+    name = _chosen_network(name, table, task, plan, weights, stage, seed=seed, runtime=runtime, say=say)
+    task = _fitting_task(task, name, say)
     task = get_task(task, augment=base.augmentation(task.augment) if augment is None else augment)
-    read = head_stages(spec, task.neck, resolve(stage, base.stage), resolve(n_stages, base.n_stages))
+    read = head_stages(find_backbone(name), task.neck, resolve(stage, base.stage), resolve(n_stages, base.n_stages))
     config = LearnerConfig(
         arch=name,
         weights=resolve(weights, base.weights),

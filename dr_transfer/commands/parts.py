@@ -34,7 +34,7 @@ class FeatureOptions:
     pool: str | None = None  # Kind of pooling; that of the network if None
     store: bool = False  # Write them into the cache, where training finds them?
 
-
+# %% ../../nbs/commands/09_parts.ipynb #636a4fe7
 def add_images(
     add,  # `add_argument` of a parser
 ):
