@@ -53,23 +53,21 @@ def test_turned_images_are_quarter_turns(study, images):
     assert np.array(found).any(0).all()
 
 
-def test_random_and_fine_tuned_differ_in_the_weights_only(study, images, tmp_path, monkeypatch):
+def test_random_and_fine_tuned_differ_in_the_weights_only(study, images, tmp_path):
     "If the pretrained weights are those of the random initialisation, the two give the same."
-    monkeypatch.setattr(study, 'STEPS', 6)
     file = save_weights(study.Network('cifarnet').body(random=True, seed=5), tmp_path / 'same.safetensors')
     other = save_weights(study.Network('cifarnet').body(random=True, seed=6), tmp_path / 'other.safetensors')
     results = []
     for weights, method in ((None, study.RANDOM), (file, study.TUNED), (other, study.TUNED)):
-        body, head, _ = study.train(study.Network('cifarnet', weights), method, 1e-3, images, seed=5)
+        body, head, _ = study.train(study.Network('cifarnet', weights), method, 1e-3, images, seed=5, steps=6)
         results.append(study.probabilities(body, head, images.x))
     assert torch.equal(results[0], results[1])
     assert not torch.allclose(results[0], results[2])
 
 
-def test_batchnorm_is_free(study, images, monkeypatch):
-    monkeypatch.setattr(study, 'STEPS', 2)
+def test_batchnorm_is_free(study, images):
     before = study.Network('test_resnet').body(random=True, seed=3).state_dict()
-    after = study.train(study.Network('test_resnet'), study.RANDOM, 1e-3, images, seed=3)[0].state_dict()
+    after = study.train(study.Network('test_resnet'), study.RANDOM, 1e-3, images, seed=3, steps=2)[0].state_dict()
     moved = [not torch.equal(before[k], after[k]) for k in before if 'running_mean' in k]
     assert moved
     assert all(moved)
@@ -93,33 +91,33 @@ def test_no_patient_is_in_both_parts_or_in_two_seeds(small, folder):
 def test_a_run_is_resumed(small, folder, monkeypatch):
     patients = small.Patients(folder, 0)
     network = small.Network('cifarnet')
-    small.report(network, small.RANDOM, 1e-3, patients)
+    small.report(network, small.RANDOM, 1e-3, patients, small.SIZES, small.STEPS)
     rows = small.LEARNING.read()
     assert rows.images.tolist() == [12, 24]
     assert rows.steps.tolist() == [3, 3]
     rows.iloc[:1].to_csv(small.LEARNING.file, index=False)
     calls = []
 
-    def run(network, method, rate, patients, n, with_errors):
+    def run(network, method, rate, patients, n, steps, with_errors):
         calls.append(n)
         return {'auc': 0.5, 'accuracy': 0.5}, []
 
     monkeypatch.setattr(small, 'run', run)
-    small.report(network, small.RANDOM, 1e-3, patients)
+    small.report(network, small.RANDOM, 1e-3, patients, small.SIZES, small.STEPS)
     assert calls == [24]
     assert small.LEARNING.read().auc.tolist() == [rows.auc[0], 0.5]
 
 
-def test_the_rate_is_the_best_on_the_patients_for_choosing(small, monkeypatch):
-    scores = {3e-4: 0.7, 1e-3: 0.9, 3e-3: 0.8}
+@pytest.mark.parametrize('best, tried', [(1e-3, 3), (3e-3, 4), (1e-2, 5), (3e-4, 4), (3e-2, 5)])
+def test_the_rate_is_the_best_on_the_patients_for_choosing(small, monkeypatch, best, tried):
     seeds = []
 
-    def run(network, method, rate, patients, n):
+    def run(network, method, rate, patients, n, steps):
         seeds.append(patients.seed)
-        return {'auc': scores[rate], 'accuracy': 0.5}, []
+        return {'auc': 1 - 0.01 * abs(np.log(rate / best)), 'accuracy': 0.5}, []
 
     monkeypatch.setattr(small, 'run', run)
     choosing = small.Patients(None, small.CHOOSING)
     for _ in range(2):  # the second time the rates are read from the file
-        assert small.choose_rate(small.Network('cifarnet'), small.TUNED, choosing) == 1e-3
-    assert seeds == [small.CHOOSING] * 3
+        assert small.choose_rate(small.Network('cifarnet'), small.TUNED, choosing) == best
+    assert seeds == [small.CHOOSING] * tried

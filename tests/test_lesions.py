@@ -8,6 +8,7 @@ from PIL import Image
 pytest.importorskip('skimage')
 
 from dr_transfer.data.fundus import find_disc, read_disc, read_image
+from dr_transfer.data.images import read_rgb
 from dr_transfer.synthetic.fundus import draw_fundus, lesion_mask
 
 SIZE = 384
@@ -154,3 +155,20 @@ def test_what_lies_outside_the_retina_is_left_out_and_reported(lesions, example)
     assert row['area'] == pytest.approx(20 / 300)
     assert outside['region'] == 'outside the retina'
     assert outside['mass'] == pytest.approx((0 + 0.25 + 0.25) / 3)
+
+
+@pytest.mark.photographs
+def test_the_marked_optic_disc_is_bright_in_the_photograph_as_read(lesions, data_root):
+    "A box in the wrong place would lie on the darker retina."
+    photographs = lesions.Photographs(data_root / 'dr' / 'idrid')
+    brighter = []
+    for file in photographs.files[:12]:
+        geometry = lesions.Geometry.of(read_rgb(file, SIZE))
+        boxes = photographs.boxes_of(file.name, 'optic disc')
+        if len(boxes):
+            green = np.asarray(read_image(file, SIZE, 'fundus', 'pad'))[..., 1]
+            nerve = lesions.as_read(lesions.box_mask(boxes, geometry.size), geometry) > 0.5
+            retina = lesions.as_read(lesions.retina_mask(geometry), geometry) > 0.5
+            brighter.append(green[nerve].mean() / green[retina].mean())
+    assert np.median(brighter) > 1.3
+    assert np.min(brighter) > 1

@@ -13,14 +13,16 @@ as RGB, of synthetic volumes, at 64 pixels. The networks, and the images on whic
 Each is trained in three ways:
 
     random initialisation   everything is trained
-    fine-tuned              the same, from the pretrained weights: same steps, same batches, BatchNorm free in both
+    fine-tuned              the same, from the pretrained weights: same steps, same batches, BatchNorm free in both.
+                            Both are trained for 200 steps, and with the largest training set for 600 as well
     frozen                  a linear head on the pretrained features; it is solved, not trained in steps
 
-The learning rate of each network and method is the best of three on candidates of other patients, who are in no
-training and no test set that is reported. Each seed has patients of its own, for training and for testing, so the 95 %
-intervals are t intervals over independent repetitions. A row is written to nbs/results/learning_ct.csv after each
-training; training_ct.csv has the error during training with the largest training set, and rates_ct.csv the rates that
-were tried. Images and pretrained weights are kept in the cache (DR_TRANSFER_CACHE).
+The learning rate of each network and method is the best on candidates of other patients, who are in no training and
+no test set that is reported: three are tried, and more while the best is at the end of the range. Each seed has
+patients of its own, for training and for testing, so the 95 % intervals are t intervals over independent repetitions.
+A row is written to nbs/results/learning_ct.csv after each training; training_ct.csv has the error during training with
+the largest training set, and rates_ct.csv the rates that were tried. Images and pretrained weights are kept in the
+cache (DR_TRANSFER_CACHE).
 """
 
 import argparse
@@ -29,6 +31,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +63,10 @@ SOURCES = {
 RANDOM, FROZEN, TUNED = 'random initialisation', 'frozen', 'fine-tuned'
 SIZES = (60, 200, 600)  # training candidates
 STEPS, BATCH = 200, 16
+LONGER = 600  # steps, with the largest training set only
 PRETRAINING_STEPS = 1000  # on the flowers
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+FIRST = RATES[2:5]  # tried in any case; others while the best is the lowest or the highest that was tried
 SIZE = 64  # pixels
 N_TRAIN, N_TEST = 50, 30  # patients, with 12 candidates each
 CHOOSING = 1000  # seed of the patients for choosing rates; those of the seeds that are reported are 0, 1, ...
@@ -222,8 +227,8 @@ def fitted(body, data, classes, rate, steps, moved, watch=None):
     return head
 
 
-def train(network, method, rate, data, seed, test=None):
-    "Train everything for STEPS steps; return the trained parts, and the test error every twenty steps if wanted."
+def train(network, method, rate, data, seed, steps, test=None):
+    "Train everything in steps; return the trained parts, and the test error every twenty steps if wanted."
     body = network.body(method == RANDOM, seed)
     errors, losses = [], []
 
@@ -235,7 +240,7 @@ def train(network, method, rate, data, seed, test=None):
             errors.append({'steps': step, 'train_loss': round(np.mean(losses[-20:]), 4), 'error': error} | found)
 
     torch.manual_seed(seed)  # the same head and the same batches for each method
-    head = fitted(body, data, 2, rate, STEPS, turned, watch)
+    head = fitted(body, data, 2, rate, steps, turned, watch)
     return body, head, errors
 
 
@@ -283,14 +288,14 @@ def features(body, x):
     return torch.cat(out).numpy()
 
 
-def run(network, method, rate, patients, n, with_errors=False):
+def run(network, method, rate, patients, n, steps, with_errors=False):
     "Train on n candidates and test; return the metrics, and the errors during training."
     data, test = patients.images('train', n), patients.images('test')
     if method == FROZEN:
         body = network.body(random=False).eval()
         model = FeatureClassifier(seed=patients.seed).fit(features(body, data.x), data.y.numpy(), data.patients)
         return metrics(torch.tensor(model.predict_proba(features(body, test.x))[:, 1]), test), []
-    body, head, errors = train(network, method, rate, data, patients.seed, test if with_errors else None)
+    body, head, errors = train(network, method, rate, data, patients.seed, steps, test if with_errors else None)
     return metrics(probabilities(body, head, test.x), test), errors
 
 
@@ -300,32 +305,38 @@ def try_rate(network, method, rate, patients):
     known = TRIED.having(**key)
     if len(known):
         return known.auc.iloc[0]
-    found, _ = run(network, method, rate, patients, CHOOSING_SIZE)
+    found, _ = run(network, method, rate, patients, CHOOSING_SIZE, STEPS)
     TRIED.add([key | {'images': CHOOSING_SIZE, 'steps': STEPS} | found])
     say(f'{network.arch}, {method}, learning rate {rate:g}: AUC {found["auc"]:.3f} on the patients for choosing')
     return found['auc']
 
 
 def choose_rate(network, method, patients):
-    "Return the learning rate with the largest AUC on the patients for choosing."
-    scores = {rate: try_rate(network, method, rate, patients) for rate in RATES}
-    return max(scores, key=scores.get)
+    "Return the learning rate with the largest AUC on the patients for choosing, with a lower and a higher one tried."
+    scores = {rate: try_rate(network, method, rate, patients) for rate in FIRST}
+    while True:
+        best = max(scores, key=scores.get)
+        i = RATES.index(best)
+        beside = [rate for rate in RATES[max(0, i - 1) : i + 2] if rate not in scores]
+        if not beside:
+            return best
+        scores |= {rate: try_rate(network, method, rate, patients) for rate in beside}
 
 
-def report(network, method, rate, patients):
+def report(network, method, rate, patients, sizes, steps):
     "Train on each number of candidates, and write the results."
+    steps = 0 if method == FROZEN else steps
     about = {'arch': network.arch, 'method': method, 'seed': patients.seed}
-    for n in SIZES:
-        key = about | {'images': n}
+    for n in sizes:
+        key = about | {'images': n, 'steps': steps}
         if len(LEARNING.having(**key)):
             continue
-        found, errors = run(network, method, rate, patients, n, with_errors=n == max(SIZES))
-        if errors:
-            TRAINING.add([about | {'epoch': e['steps'] * BATCH / n} | e for e in errors])
-        steps = 0 if method == FROZEN else STEPS
+        found, errors = run(network, method, rate, patients, n, steps, with_errors=n == max(SIZES))
+        if errors and not len(TRAINING.having(**about, of=steps)):
+            TRAINING.add([about | {'of': steps, 'epoch': e['steps'] * BATCH / n} | e for e in errors])
         source = {'source': SOURCES[network.arch], 'source_accuracy': round(network.accuracy, 4)}
-        LEARNING.add([key | found | {'steps': steps, 'rate': rate, 'test_ratio': 0} | source])
-        say(f'{network.arch}, {method}, {n} candidates, seed {patients.seed}: AUC {found["auc"]:.3f}')
+        LEARNING.add([key | found | {'rate': rate, 'test_ratio': 0} | source])
+        say(f'{network.arch}, {method}, {n} candidates, {steps} steps, seed {patients.seed}: AUC {found["auc"]:.3f}')
 
 
 def main():
@@ -343,11 +354,11 @@ def main():
     for network in networks:
         for method in (RANDOM, TUNED):
             rates[network.arch, method] = choose_rate(network, method, choosing)
-    for seed in range(a.seeds):
-        patients = Patients(folder, seed)
-        for network in networks:
-            for method in (RANDOM, FROZEN, TUNED):
-                report(network, method, rates.get((network.arch, method)), patients)
+    repetitions = [Patients(folder, seed) for seed in range(a.seeds)]
+    for patients, network, method in product(repetitions, networks, (RANDOM, FROZEN, TUNED)):
+        report(network, method, rates.get((network.arch, method)), patients, SIZES, STEPS)
+    for patients, network, method in product(repetitions, networks, (RANDOM, TUNED)):
+        report(network, method, rates[network.arch, method], patients, SIZES[-1:], LONGER)
 
 
 if __name__ == '__main__':

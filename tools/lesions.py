@@ -15,9 +15,9 @@ unseen. On each IDRiD photograph with marked lesions (dr/idrid/boxes.csv), for t
 
 The regions are the boxes of all lesions, of each kind, and of the optic disc, where no lesion is expected; and what is
 outside the retina. Grad-CAM is computed for what the head reads (stages 4 to 7 together) and for each of these stages,
-on the photograph as it is and with its light corrected, as the model reads it. A head trained on shuffled labels is the
-control: it has the same network and the same photographs, but nothing to find. Nothing is chosen on IDRiD. Intervals
-are 95 % percentile intervals over photographs. The results are written to nbs/results/lesions.csv.
+on the photograph as it is and with its light corrected, as the model reads it. Heads trained on shuffled labels are the
+control: they read the same network and the same photographs, but had nothing to find. Nothing is chosen on IDRiD.
+Intervals are 95 % percentile intervals over photographs. The results are written to nbs/results/lesions.csv.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import time
 import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,8 @@ KINDS = {'hard exudates': ('hard_exudates',), 'haemorrhages': ('haemorrhage',)}
 REGIONS = {'lesions': ('hard_exudates', 'haemorrhage'), **KINDS, 'optic disc': ('optic_disc',)}
 OUTSIDE = 'outside the retina'
 STAGES = (None, 'stage4', 'stage5', 'stage6', 'stage7')  # None: what the head reads
+CONTROL_STAGES = STAGES[:3]
+N_SHUFFLED = 3  # heads
 LIGHT = {'as it is': lambda x: x, 'corrected': correct_light}
 MASKS = ('dark', 'bright', 'dark and bright')
 SEED = 42
@@ -222,11 +225,11 @@ class Photographs:
         return regions, retinas
 
 
-def trained(folder, shuffled=False):
-    "Train the default head for referable DR on Messidor-2; with shuffled labels as a control."
+def trained(folder, shuffled=0):
+    "Train the default head for referable DR on Messidor-2; with shuffled labels (1, 2, ...) as a control."
     t = label_table(folder, verify=False)
     if shuffled:
-        t = t.assign(label=t.label.sample(frac=1, random_state=SEED).to_numpy())
+        t = t.assign(label=t.label.sample(frac=1, random_state=SEED + shuffled - 1).to_numpy())
     learn = build_learner(t, 'dr', plan='head', runtime='channels_last', seed=SEED, say=lambda line: None)
     return fit(learn, say=lambda line: None)
 
@@ -297,21 +300,22 @@ def main():
     geometries = [Geometry.of(read_rgb(file, SIZE)) for file in photographs.files]
     regions, retinas = photographs.masks(as_read, geometries)
     images = [read_image(file, SIZE, 'fundus', 'pad') for file in photographs.files]
-    for method, shuffled in {'Grad-CAM': False, 'Grad-CAM, shuffled labels': True}.items():
-        learn = None
-        for light, correct in LIGHT.items():
-            for stage in STAGES[: 1 if shuffled else None]:
-                about = {'method': method, 'stage': stage or 'head', 'light': light}
-                if results.has(**about):
-                    continue
-                learn = learn or trained(root / 'messidor2', shuffled)
-                maps = grad_cams(learn, images, stage, correct)
-                results.add([about | row for row in all_rows(maps, regions, retinas, photographs.marked)])
-        if learn is not None and not results.has(method=f'AUC of {method}'):
-            t = label_table(root / 'idrid', verify=False)
-            referable = t.label.astype(int) >= 2
-            value = auc(referable.to_numpy(int), predict_probs(learn, t.image.tolist())[:, 1])
-            results.add([{'method': f'AUC of {method}', 'stage': '', 'light': '', 'region': '', 'mass': value}])
+    controls = {f'Grad-CAM, shuffled labels {k}': k for k in range(1, N_SHUFFLED + 1)}
+    for method, shuffled in {'Grad-CAM': 0, **controls}.items():
+        parts = product(LIGHT, CONTROL_STAGES if shuffled else STAGES)
+        due = [(light, s) for light, s in parts if not results.has(method=method, stage=s or 'head', light=light)]
+        if due:
+            learn = trained(root / 'messidor2', shuffled)
+        for light, stage in due:
+            about = {'method': method, 'stage': stage or 'head', 'light': light}
+            maps = grad_cams(learn, images, stage, LIGHT[light])
+            results.add([about | row for row in all_rows(maps, regions, retinas, photographs.marked)])
+    if not results.has(method='AUC'):
+        t = label_table(root / 'idrid', verify=False)
+        referable = t.label.astype(int) >= 2
+        probs = predict_probs(trained(root / 'messidor2'), t.image.tolist())
+        value = auc(referable.to_numpy(int), probs[:, 1])
+        results.add([{'method': 'AUC', 'stage': '', 'light': '', 'region': '', 'mass': value}])
 
 
 if __name__ == '__main__':
