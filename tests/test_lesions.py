@@ -172,3 +172,27 @@ def test_the_marked_optic_disc_is_bright_in_the_photograph_as_read(lesions, data
             brighter.append(green[nerve].mean() / green[retina].mean())
     assert np.median(brighter) > 1.3
     assert np.min(brighter) > 1
+
+
+def test_results_are_read_again(lesions, tmp_path):
+    file = tmp_path / 'lesions.csv'
+    rows = [
+        {
+            'method': 'segmentation',
+            'stage': 'dark',
+            'light': '',
+            'region': 'lesions',
+            'photographs': 3,
+            'empty maps': 0,
+        },
+        {'method': 'AUC', 'stage': '', 'light': '', 'region': '', 'mass': 0.9},
+    ]
+    lesions.Results(file, again=False).add(rows)
+    results = lesions.Results(file, again=False)
+    assert results.has(method='segmentation', light='')
+    assert results.has(method='AUC', stage='')
+    assert not results.has(method='Grad-CAM')
+    before = file.read_text()
+    results.add([])
+    assert file.read_text() == before
+    assert not lesions.Results(file, again=True).has(method='AUC')

@@ -266,7 +266,8 @@ class Results:
 
     def __init__(self, file, again):
         self.file = file
-        self.rows = pd.DataFrame() if again or not file.exists() else pd.read_csv(file, keep_default_na=False)
+        texts = dict.fromkeys(('stage', 'light', 'region'), '')
+        self.rows = pd.DataFrame() if again or not file.exists() else pd.read_csv(file).fillna(texts)
 
     def has(self, **key):
         t = self.rows
@@ -277,7 +278,7 @@ class Results:
     def add(self, rows):
         self.rows = pd.concat([self.rows, pd.DataFrame(rows).round(4)], ignore_index=True)
         with atomic_file(self.file) as f:
-            self.rows.to_csv(f, index=False)
+            self.rows.astype(dict.fromkeys(('photographs', 'empty maps'), 'Int64')).to_csv(f, index=False)
         for r in rows:
             if 'ratio' in r:
                 about = ', '.join(filter(None, (r['method'], r['stage'], r['light'], r['region'])))
