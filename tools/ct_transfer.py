@@ -20,8 +20,8 @@ Each is trained in three ways:
 The learning rate of each network and method is the best on candidates of other patients, who are in no training and
 no test set that is reported: three are tried, and more while the best is at the end of the range. Each seed has
 patients of its own, for training and for testing, so the 95 % intervals are t intervals over independent repetitions.
-A row is written to nbs/results/learning_ct.csv after each training; training_ct.csv has the error during training with
-the largest training set, and rates_ct.csv the rates that were tried. Images and pretrained weights are kept in the
+A row is written to nbs/results/ct_learning.csv after each training; ct_training.csv has the error during training with
+the largest training set, and ct_rates.csv the rates that were tried. Images and pretrained weights are kept in the
 cache (DR_TRANSFER_CACHE).
 """
 
@@ -106,7 +106,7 @@ class Rows:
             t.to_csv(f, index=False)
 
 
-LEARNING, TRAINING, TRIED = Rows('learning_ct'), Rows('training_ct'), Rows('rates_ct')
+LEARNING, TRAINING, TRIED = Rows('ct_learning'), Rows('ct_training'), Rows('ct_rates')
 
 
 @dataclass(frozen=True)
