@@ -190,14 +190,25 @@ def endless(n):
 
 
 @torch.inference_mode()
-def probabilities(body, head, x, views=VIEWS['quarter_turns']):
+def probabilities(
+    body,
+    head,
+    x,  # Pixels (n, 3, SIZE, SIZE)
+    views=VIEWS['quarter_turns'],  # Views that are averaged
+):
     "Return the probability of a node, averaged over views."
-    body.eval(), head.eval()
+    body.eval()
+    head.eval()
     out = []
     for part in x.split(120):
         inputs = normalize(part, body.spec.mean, body.spec.std)
-        out.append(sum(head(body(v)).softmax(1)[:, 1] for v in views.of(inputs)) / len(views))
-    body.train(), head.train()
+        total = 0
+        for view in views.of(inputs):
+            logits = head(body(view))
+            total = total + logits.softmax(1)[:, 1]
+        out.append(total / len(views))
+    body.train()
+    head.train()
     return torch.cat(out)
 
 
@@ -207,7 +218,15 @@ def metrics(p, test):
     return {'auc': round(auc(test.y.numpy(), p.numpy()), 4), 'accuracy': round(accuracy, 4)}
 
 
-def fitted(body, data, classes, rate, steps, moved, watch=None):
+def fitted(
+    body,  # From `Network.body`; it is trained in place
+    data,  # Images
+    classes,  # Number of classes
+    rate,  # Largest learning rate
+    steps,  # Number of steps
+    moved,  # Augmentation of a batch
+    watch=None,  # Called with the step, the head and the loss
+):
     "Train a body and a new linear head in steps; return the head. `watch` is called with the step, head and loss."
     head = create_head('linear', body.n_out, classes).train()
     body.train()
@@ -227,7 +246,15 @@ def fitted(body, data, classes, rate, steps, moved, watch=None):
     return head
 
 
-def train(network, method, rate, data, seed, steps, test=None):
+def train(
+    network,  # Network
+    method,  # RANDOM or TUNED
+    rate,  # Largest learning rate
+    data,  # Images for training
+    seed,  # Of the weights and the batches
+    steps,  # Number of steps
+    test=None,  # Images for testing during training
+):
     "Train everything in steps; return the trained parts, and the test error every twenty steps if wanted."
     body = network.body(method == RANDOM, seed)
     errors, losses = [], []
@@ -256,9 +283,14 @@ def flowers(root):
 @torch.inference_mode()
 def flower_accuracy(body, head, data):
     "Return the fraction of flowers that are recognised."
-    body.eval(), head.eval()
-    z = torch.cat([head(body(normalize(x, body.spec.mean, body.spec.std))) for x in data.x.split(120)])
-    return float((z.argmax(1) == data.y).float().mean())
+    body.eval()
+    head.eval()
+    correct = 0
+    for x, y in zip(data.x.split(120), data.y.split(120)):
+        inputs = normalize(x, body.spec.mean, body.spec.std)
+        logits = head(body(inputs))
+        correct += int((logits.argmax(1) == y).sum())
+    return correct / len(data.y)
 
 
 def pretrained(root, arch, folder):
@@ -284,11 +316,21 @@ def features(body, x):
     out = []
     for part in x.split(120):
         inputs = normalize(part, body.spec.mean, body.spec.std)
-        out.append(torch.stack([body(v).mean((2, 3)) for v in VIEWS['quarter_turns'].of(inputs)], 1))
+        views = VIEWS['quarter_turns'].of(inputs)
+        pooled = [body(view).mean((2, 3)) for view in views]
+        out.append(torch.stack(pooled, 1))
     return torch.cat(out).numpy()
 
 
-def run(network, method, rate, patients, n, steps, with_errors=False):
+def run(
+    network,  # Network
+    method,  # RANDOM, FROZEN or TUNED
+    rate,  # Largest learning rate; None for FROZEN
+    patients,  # Patients for training and testing
+    n,  # Number of training candidates
+    steps,  # Number of steps
+    with_errors=False,  # Test during training as well?
+):
     "Train on n candidates and test; return the metrics, and the errors during training."
     data, test = patients.images('train', n), patients.images('test')
     if method == FROZEN:
@@ -299,7 +341,12 @@ def run(network, method, rate, patients, n, steps, with_errors=False):
     return metrics(probabilities(body, head, test.x), test), errors
 
 
-def try_rate(network, method, rate, patients):
+def try_rate(
+    network,  # Network
+    method,  # RANDOM or TUNED
+    rate,  # Largest learning rate
+    patients,  # Patients for choosing
+):
     "Return the AUC with a learning rate, on the patients for choosing."
     key = {'arch': network.arch, 'method': method, 'rate': rate}
     known = TRIED.having(**key)
@@ -311,7 +358,11 @@ def try_rate(network, method, rate, patients):
     return found['auc']
 
 
-def choose_rate(network, method, patients):
+def choose_rate(
+    network,  # Network
+    method,  # RANDOM or TUNED
+    patients,  # Patients for choosing
+):
     "Return the learning rate with the largest AUC on the patients for choosing, with a lower and a higher one tried."
     scores = {rate: try_rate(network, method, rate, patients) for rate in FIRST}
     while True:
@@ -323,7 +374,14 @@ def choose_rate(network, method, patients):
         scores |= {rate: try_rate(network, method, rate, patients) for rate in beside}
 
 
-def report(network, method, rate, patients, sizes, steps):
+def report(
+    network,  # Network
+    method,  # RANDOM, FROZEN or TUNED
+    rate,  # Largest learning rate; None for FROZEN
+    patients,  # Patients of one seed
+    sizes,  # Numbers of training candidates
+    steps,  # Number of steps
+):
     "Train on each number of candidates, and write the results."
     steps = 0 if method == FROZEN else steps
     about = {'arch': network.arch, 'method': method, 'seed': patients.seed}
@@ -334,8 +392,13 @@ def report(network, method, rate, patients, sizes, steps):
         found, errors = run(network, method, rate, patients, n, steps, with_errors=n == max(SIZES))
         if errors and not len(TRAINING.having(**about, of=steps)):
             TRAINING.add([about | {'of': steps, 'epoch': e['steps'] * BATCH / n} | e for e in errors])
-        source = {'source': SOURCES[network.arch], 'source_accuracy': round(network.accuracy, 4)}
-        LEARNING.add([key | found | {'rate': rate, 'test_ratio': 0} | source])
+        more = {
+            'rate': rate,
+            'test_ratio': 0,
+            'source': SOURCES[network.arch],
+            'source_accuracy': round(network.accuracy, 4),
+        }
+        LEARNING.add([key | found | more])
         say(f'{network.arch}, {method}, {n} candidates, {steps} steps, seed {patients.seed}: AUC {found["auc"]:.3f}')
 
 

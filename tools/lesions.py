@@ -104,12 +104,20 @@ def retina_mask(geometry):
     return mask
 
 
-def as_read(mask, geometry, size=SIZE):
+def as_read(
+    mask,  # As large as the photograph
+    geometry,  # Of the photograph
+    size=SIZE,  # Pixels
+):
     "Crop and resize a mask of a photograph exactly as the reader `fundus` does with the photograph: values 0 to 1."
     return _values(fit_square(mask.crop(geometry.box), size, 'pad'))
 
 
-def as_segmented(mask, geometry, size=SEGMENT_SIZE):
+def as_segmented(
+    mask,  # As large as the photograph
+    geometry,  # Of the photograph
+    size=SEGMENT_SIZE,  # Pixels
+):
     "Crop and resize a mask of a photograph exactly as `segment` does with the photograph: values 0 to 1."
     return _values(crop_disc(mask, geometry.disc).resize((size, size), Image.Resampling.BICUBIC))
 
@@ -144,7 +152,12 @@ def areas(masks, retinas):
     return (masks * retinas).sum((1, 2)) / retinas.sum((1, 2))
 
 
-def region_row(own, others, area, n=2000):
+def region_row(
+    own,  # Mass of each map on its own mask (n,)
+    others,  # Mean mass of the other maps on it (n,)
+    area,  # Fraction of the retina that the mask covers (n,)
+    n=2000,  # Bootstrap resamples
+):
     "Return mean mass, area and ratio over photographs with 95 % intervals; photographs with an empty map are left out."
     there = ~np.isnan(own)
 
@@ -152,7 +165,13 @@ def region_row(own, others, area, n=2000):
         mass, chance = own.mean(), area.mean()
         elsewhere = others.mean()
         ratio = mass / chance if chance > 0 else np.nan
-        return {'mass': mass, 'area': chance, 'ratio': ratio, 'others': elsewhere, 'more than others': mass - elsewhere}
+        return {
+            'mass': mass,
+            'area': chance,
+            'ratio': ratio,
+            'others': elsewhere,
+            'more than others': mass - elsewhere,
+        }
 
     t = bootstrap(means, own[there], others[there], area[there], n=n)
     row = {'photographs': int(there.sum()), 'empty maps': int((~there).sum())}
@@ -161,7 +180,12 @@ def region_row(own, others, area, n=2000):
     return row
 
 
-def region_rows(maps, regions, retinas, marked):
+def region_rows(
+    maps,  # (n, h, w)
+    regions,  # Region -> masks (n, h, w)
+    retinas,  # Masks (n, h, w)
+    marked,  # Region -> which photographs have a box of it (n,)
+):
     "Yield a row for each region; only photographs that have a box of the region count."
     for name, masks in regions.items():
         has = marked[name]
@@ -169,15 +193,30 @@ def region_rows(maps, regions, retinas, marked):
         yield {'region': name, **region_row(own, others, areas(masks[has], retinas[has]))}
 
 
-def outside_row(maps, retinas, n=2000):
+def outside_row(
+    maps,  # (n, h, w)
+    retinas,  # Masks (n, h, w)
+    n=2000,  # Bootstrap resamples
+):
     "Return the fraction of the maps outside the retina, mean over photographs with a 95 % interval."
     own, _ = masses(maps, 1 - retinas)
     own = own[~np.isnan(own)]
     r = bootstrap(np.mean, own, n=n).iloc[0]
-    return {'region': OUTSIDE, 'photographs': len(own), 'mass': r.value, 'mass low': r.low, 'mass high': r.high}
+    return {
+        'region': OUTSIDE,
+        'photographs': len(own),
+        'mass': r.value,
+        'mass low': r.low,
+        'mass high': r.high,
+    }
 
 
-def all_rows(maps, regions, retinas, marked):
+def all_rows(
+    maps,  # (n, h, w)
+    regions,  # Region -> masks (n, h, w)
+    retinas,  # Masks (n, h, w)
+    marked,  # Region -> which photographs have a box of it (n,)
+):
     "Return the rows of all regions, and of what is outside the retina."
     return [*region_rows(maps, regions, retinas, marked), outside_row(maps, retinas)]
 
@@ -234,7 +273,13 @@ def trained(folder, shuffled=0):
     return fit(learn, say=lambda line: None)
 
 
-def grad_cams(learn, images, stage, correct, bs=8):
+def grad_cams(
+    learn,  # From `trained`
+    images,  # As the model reads them
+    stage,  # Name of a stage; None: what the head reads
+    correct,  # Correction of light of a batch
+    bs=8,  # Images in a batch
+):
     "Return the positive part of Grad-CAM (n, SIZE, SIZE) for 'referable' on images as the model reads them."
     parts = model_parts(learn)
     number = list(parts.classes).index('referable')
