@@ -124,7 +124,7 @@ def test_networks_side_by_side_can_be_better_than_each(noise, monkeypatch):
     assert JOIN not in choice.single
 
 
-def test_the_budget_leaves_out_the_slowest(noise, monkeypatch):
+def test_the_budget_excludes_the_slowest(noise, monkeypatch):
     seconds = {'test_resnet': 0.01, 'squeezenet1_1': 0.02, 'small_cnn': 5.0}
 
     def timed(name, *a, make=network_choice.network_candidate, **k):
@@ -133,8 +133,8 @@ def test_the_budget_leaves_out_the_slowest(noise, monkeypatch):
     monkeypatch.setattr(network_choice, 'network_candidate', timed)
     choice = choose(noise, minutes=0.2)
     assert set(choice.table.index) == {'test_resnet', 'squeezenet1_1', 'test_resnet+squeezenet1_1'}
-    assert choice.left_out == {'small_cnn': '5.00 s an image (minutes=0.2, --minutes)'}
-    assert 'small_cnn was left out' in choice.words(choice.arch)
+    assert choice.excluded == {'small_cnn': '5.00 s an image (minutes=0.2, --minutes)'}
+    assert 'small_cnn was excluded' in choice.words(choice.arch)
     assert set(choose(noise, minutes=100).table.index) > set(NETWORKS)
 
 

@@ -429,3 +429,8 @@ def test_public_functions_are_described(path):
             comment = line.partition(' # ')[2]
             assert len(comment) < 70, f'{node.name}: a comment of {len(comment)} characters: {comment}'
     assert not missing, f'without a docstring: {missing}'
+
+
+def test_the_readme_has_no_link_within_a_link():
+    "Names of functions become links when it is made; a name that is the text of a link would get two."
+    assert not re.search(r'\[\[[^\]]*\]\([^)]*\)\]\(', (ROOT / 'README.md').read_text(encoding='utf-8'))

@@ -36,30 +36,27 @@ def whole_number(
     return parse
 
 
-def _fraction(
-    text: str,  # As it was typed
-) -> float:
-    "Read a number between 0 and 1, both excluded"
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if '_' in text or not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"'{text[:40]}' is invalid: give a number between 0 and 1, such as 0.2")
-    return value
+def _number(
+    most: float,  # Upper limit, excluded; infinite for none
+    example: str,  # A number to give instead
+) -> Callable[[str], float]:  # For `type=` of argparse
+    "Return a function that reads a number above 0 and below a limit"
+    limits = 'above 0' if math.isinf(most) else f'between 0 and {most:g}'
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if '_' in text or not 0 < value < most:
+            raise argparse.ArgumentTypeError(f"'{text[:40]}' is invalid: give a number {limits}, such as {example}")
+        return value
+
+    return parse
 
 
-def _positive(
-    text: str,  # As it was typed
-) -> float:
-    "Read a number above 0"
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if '_' in text or not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"'{text[:40]}' is invalid: give a number above 0, such as 10")
-    return value
+_fraction = _number(1, '0.2')
+_positive = _number(math.inf, '10')
 
 
 def path_name(

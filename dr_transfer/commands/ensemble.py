@@ -9,7 +9,7 @@ __all__ = []
 from pathlib import Path
 
 from .arguments import OutputOptions, PointOptions, TableOptions
-from .shared import _output, _print_decision
+from .shared import _check_one_of_two, _output, _print_decision
 from .sites import _write_adapted, _write_site_run
 
 # %% ../../nbs/commands/10_ensemble.ipynb #968ccea4
@@ -22,8 +22,7 @@ def ensemble(
     "Make one run from several: its model averages their predictions, and is calibrated on common validation images"
     from dr_transfer.utils.files import new_folder
 
-    if point.sensitivity is not None and point.specificity is not None:
-        raise ValueError('--sensitivity and --specificity: give only one of the two')
+    _check_one_of_two(point)
     out, overwrite = _output(output, TableOptions(runs), 'ensemble')
     with new_folder(out, overwrite) as folder:
         from dr_transfer.evaluation.ensemble import ensemble

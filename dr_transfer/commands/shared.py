@@ -64,12 +64,17 @@ def _classes(table, target) -> list:
     return target.class_set(class_names(encode_target(table, target), target))
 
 
+def _check_one_of_two(options):
+    "Raise a ValueError if options have a sensitivity and a specificity"
+    if options.sensitivity is not None and options.specificity is not None:
+        raise ValueError('--sensitivity and --specificity: give only one of the two')
+
+
 def _wanted_point(recipe: RecipeOptions, task, target) -> dict:
     "Return the operating point to reach: as given, or a sensitivity of 0.9 for dr"
     named = (('sensitivity', recipe.sensitivity), ('specificity', recipe.specificity))
     wanted = {name: value for name, value in named if value is not None}
-    if len(wanted) == 2:
-        raise ValueError('--sensitivity and --specificity: give only one of the two')
+    _check_one_of_two(recipe)
     if wanted and target.classes:
         _check_point(target.class_set())
     return wanted or ({'sensitivity': 0.9} if task.name == 'dr' else {})

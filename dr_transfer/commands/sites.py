@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .arguments import GuaranteeOptions, OutputOptions, TableOptions
 from dr_transfer.commands.shared import (
+    _check_one_of_two,
     _encode_targets,
     _load,
     _output,
@@ -31,8 +32,7 @@ def recalibrate(
     from dr_transfer.utils.files import new_folder
     from dr_transfer.utils.places import check_outside
 
-    if point.sensitivity is not None and point.specificity is not None:
-        raise ValueError('--sensitivity and --specificity: give only one of the two')
+    _check_one_of_two(point)
     out, overwrite = _output(output, table, 'recalibrated')
     check_outside(out, model)
     with new_folder(out, overwrite) as folder:

@@ -35,7 +35,7 @@ from ..models.joined import JoinedNetworks
 from ..models.network import make_body
 from ..models.registry import AUTO, DEFAULT_ARCH, JOIN, find_backbone, head_stages, nearest_size
 from ..models.stages import Stages, known_pools
-from .candidates import images_to_test, sample_groups, training_sample
+from .candidates import images_to_test, sample_groups, stacked, training_sample
 from .network_choice import MINUTES, NetworkChoice, check_networks, choose_network, usable_networks
 from .plans import HEAD_PASSES, LARGE, PLANS, Plan, choose_plan
 from ..utils.files import plain_text
@@ -147,10 +147,13 @@ def _profile(f, arguments, pool, y, stages, kw) -> pd.DataFrame:
 
 def _choose_pool(pools, profile_of, chosen) -> tuple[str, pd.DataFrame]:
     "The pooling of the chosen stages, and a row for each other one; `profile_of` makes the profile of a pooling"
-    tables = {pool: profile_of(pool) for pool in pools}
-    table = pd.concat([t.rename(index={chosen: pool}) for pool, t in tables.items()])
-    folds = {pool: t.attrs['folds'][chosen] for pool, t in tables.items()}
-    table.attrs = {**tables[pools[0]].attrs, 'folds': folds}
+    profiles = []
+    for pool in pools:
+        profile = profile_of(pool)
+        named = profile.rename(index={chosen: pool})
+        named.attrs = {**profile.attrs, 'folds': {pool: profile.attrs['folds'][chosen]}}
+        profiles.append(named)
+    table = stacked(profiles)
     best, _ = _choose_stage(table, {}, pools[0])
     return best, table
 
@@ -319,7 +322,10 @@ def advise(
     if arch == AUTO and archs is None:
         archs = usable_networks(task)
     # names and weights are checked before images are read
-    stages = _measured_stages(arch, weights, task) if archs is None else check_networks(archs, weights)
+    if archs is None:
+        stages = _measured_stages(arch, weights, task)
+    else:
+        check_networks(archs, weights)
     # the validation images are not used
     t = split_data(data, task, target, labels, valid, seed, allow_leaks=True, group_col=group_col)
     report_table(t, say)
@@ -329,15 +335,16 @@ def advise(
     with group_errors(sample):
         # raises an error before the features are computed, if there are too few groups
         grouped_folds(sample.target, sample_groups(sample), seed=seed)
+    compared = images_to_test(sample, say)
     networks = None
     if archs is not None:
-        how = dict(minutes=minutes, seed=seed, runtime=runtime, say=say)
+        how = dict(minutes=minutes, seed=seed, runtime=runtime, say=str)  # `compared` has said it
         networks = choose_network(t, task, archs, weights, **how)
         arch = networks.chosen(joined=len(t) < LARGE)
         stages = _measured_stages(arch, weights, task)
     task = get_task(task, nearest_size(stages.spec, task.size))
     body = make_body(stages, task.size, runtime)
-    advice = _advice(sample, counts, images_to_test(sample, say), body, task, seed)
+    advice = _advice(sample, counts, compared, body, task, seed)
     plan = replace(advice.plan, arch=arch, weights=weights and str(weights))  # measured on this network
     return replace(advice, plan=plan, networks=networks)
 

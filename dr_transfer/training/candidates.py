@@ -93,3 +93,13 @@ def images_to_test(
     if sources is None:
         return ComparedOn(images, 'changed images', changed=one_change_each(images))
     return ComparedOn(images, f'each of {len(set(sources))} sources that was left out', sources)
+
+# %% ../../nbs/training/02_candidates.ipynb #cf27a379
+def stacked(
+    profiles: list[pd.DataFrame],  # From `depth_profile`, on the same folds
+) -> pd.DataFrame:
+    "One profile with the rows of several, and the scores of their folds"
+    table = pd.concat(profiles)
+    folds = {name: scores for profile in profiles for name, scores in profile.attrs['folds'].items()}
+    table.attrs = {**profiles[0].attrs, 'folds': folds}
+    return table

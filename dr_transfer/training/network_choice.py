@@ -25,7 +25,13 @@ from ..models.backbones import at_hand, create_body
 from ..models.network import make_body
 from ..models.registry import BACKBONES, JOIN, JOINED_STAGES, find_backbone, head_stages, nearest_size
 from ..models.stages import stage_names
-from .candidates import MAX_IMAGES, images_to_test, sample_groups, training_sample
+from dr_transfer.training.candidates import (
+    MAX_IMAGES,
+    images_to_test,
+    sample_groups,
+    stacked,
+    training_sample,
+)
 
 # %% ../../nbs/training/03_network_choice.ipynb #10185d26023b46108eb7d9f57d49d2b3
 def usable_networks(
@@ -175,7 +181,7 @@ class NetworkChoice:
     table: pd.DataFrame  # A row for each, the best first: score, low, high, home, images_a_second
     tested: str  # What `score` is measured on, in words
     n_images: int  # Number of images that were used
-    left_out: dict = field(default_factory=dict)  # Network -> why
+    excluded: dict = field(default_factory=dict)  # Network -> why
 
     def chosen(self, joined: bool) -> str:
         "The best network, or the best single one"
@@ -187,7 +193,7 @@ class NetworkChoice:
         first = self.table.attrs['first']
         gain = '' if arch == first else f', {row.gain:+.3f} [{row.gain_low:+.3f}, {row.gain_high:+.3f}] against {first}'
         metric = self.table.attrs['metric']
-        out = ''.join(f'; {name} was left out: {why}' for name, why in self.left_out.items())
+        out = ''.join(f'; {name} was excluded: {why}' for name, why in self.excluded.items())
         return (
             f'network: {arch}, {metric} {row.score:.3f} [{row.low:.3f}, {row.high:.3f}] on {self.tested}{gain}; '
             f'{len(self.table)} candidates, {self.n_images} images{out}'
@@ -197,18 +203,19 @@ class NetworkChoice:
 def _table(features, arguments, sample, requested, seconds, seed) -> pd.DataFrame:
     "Score each network, and some of them side by side"
     how = dict(groups=sample_groups(sample), seed=seed, repeats=1 if len(sample) >= 1000 else 3)
-    single = features.stages
-    scores = depth_profile(features, sample.target, stages=single, **arguments, **how).score
-    rows = [*single, *_joins(scores, requested)]
-    profile = depth_profile(features, sample.target, stages=rows, **arguments, **how)
-    home = depth_profile(features, sample.target, stages=rows, **how)
-    gains = [stage_gain(profile, row, single[0]) for row in profile.index]
-    times = [sum(seconds[name] for name in row.split(JOIN)) for row in profile.index]
-    table = profile.assign(home=home.score, images_a_second=1 / np.array(times))
-    table[['gain', 'gain_low', 'gain_high']] = gains
-    table = table.sort_values(['score', 'images_a_second'], ascending=False).rename_axis('network')
-    table.attrs = {**profile.attrs, 'first': single[0]}
-    return table
+
+    def profile(rows):
+        elsewhere = depth_profile(features, sample.target, stages=rows, **arguments, **how)
+        elsewhere['home'] = depth_profile(features, sample.target, stages=rows, **how).score
+        return elsewhere
+
+    first, *_ = features.stages
+    single = profile(features.stages)
+    table = stacked([single, profile(_joins(single.score, requested))])
+    table[['gain', 'gain_low', 'gain_high']] = [stage_gain(table, row, first) for row in table.index]
+    table['images_a_second'] = [1 / sum(seconds[name] for name in row.split(JOIN)) for row in table.index]
+    table.attrs['first'] = first
+    return table.sort_values(['score', 'images_a_second'], ascending=False).rename_axis('network')
 
 
 def choose_network(
@@ -230,9 +237,9 @@ def choose_network(
         grouped_folds(t.target, sample_groups(t), seed=seed)
     measured = [network_candidate(name, task, weights, runtime, t.image.tolist()) for name in single]
     seconds = {c.name: c.seconds for c in measured}
-    copies = 1 if images_to_test(t, say).changed is None else 2
+    copies = 1 if images_to_test(t, say=str).changed is None else 2
     names, n = _affordable(seconds, minutes, min(len(t), MAX_IMAGES), copies)
-    left_out = {
+    excluded = {
         name: f'{s:.2f} s an image (minutes={minutes:g}, --minutes)' for name, s in seconds.items() if name not in names
     }
     sample = training_sample(t, seed, n)
@@ -241,4 +248,4 @@ def choose_network(
     requested = [name for name in requested if set(name.split(JOIN)) <= set(names)]
     table = _table(features, arguments, sample, requested, seconds, seed)
     best = next(name for name in table.index if JOIN not in name)
-    return NetworkChoice(table.index[0], best, table, compared.words, len(sample), left_out)
+    return NetworkChoice(table.index[0], best, table, compared.words, len(sample), excluded)
