@@ -184,6 +184,20 @@ def test_every_command_works_on_it(site, written, tmp_path):
     assert [m.name for m in read_record(tmp_path / 'local' / 'record.json').members] == list(RUNS)
 
 
+def test_manifests_and_features(site, written, tmp_path):
+    "Features are those of a single network."
+    run, _ = written
+    manifest = tmp_path / 'images.csv'
+    pd.DataFrame({'image': paths(site / 'new')[:9]}).to_csv(manifest, index=False)
+    good('predict', run, manifest, '--out', tmp_path / 'manifest.csv')
+    good('predict', run, *paths(site / 'new')[:9], '--out', tmp_path / 'files.csv')
+    own, other = (pd.read_csv(tmp_path / name) for name in ('manifest.csv', 'files.csv'))
+    assert np.allclose(own.filter(like='p_'), other.filter(like='p_'), atol=1e-6)
+    good('predict', run, manifest, '--shard', '1/2', '--out', tmp_path / 'parts')
+    message = error_line('features', manifest, '--model', run, '--out', tmp_path / 'f.parquet')
+    assert 'needs a single network, and this model is an ensemble of 3' in message
+
+
 def test_onnx_file_predicts_the_same(site, written, tmp_path):
     pytest.importorskip('onnxscript')
     run, _ = written

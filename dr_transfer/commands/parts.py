@@ -82,11 +82,13 @@ def _of_model(network, options, runtime) -> tuple:
     "Return the body of a saved model, the settings of its features, and what determines them"
     from dr_transfer.commands.shared import _load
     from dr_transfer.inference.work import FeatureSettings, model_digest
+    from dr_transfer.models.joined import check_one_network
     from dr_transfer.models.stages import stage_names
 
     if network.arch or network.weights or network.size:
         raise ValueError('--model has its own network and image size: do not give --arch, --weights or --size')
     model = _load(network.model, runtime)
+    check_one_network(model.model, 'features --model')
     body, card = model.model[0], model.card
     stages = options.stages or stage_names(body.stages)[-body.stages.n_stages :]
     views = card.views if options.views == 'task' else options.views

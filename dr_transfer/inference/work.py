@@ -85,11 +85,14 @@ def prediction_columns(
 
 
 def _runtime_of(model) -> str:
-    "Name of the runtime of a model"
+    "Names of the runtimes of the networks of a model"
+    from dr_transfer.models.joined import network_parts
     from dr_transfer.models.speed import runtime_name
 
-    body = model.model[0] if hasattr(model, 'model') else None
-    return 'onnx' if body is None else runtime_name(body.forward_runtime)
+    if not hasattr(model, 'model'):
+        return 'onnx'
+    networks = [network for network, *_ in network_parts(model.model, None, None)]
+    return ', '.join(runtime_name(network[0].forward_runtime) for network in networks)
 
 
 def model_settings(
