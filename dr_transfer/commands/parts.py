@@ -77,7 +77,7 @@ def add_feature_arguments(
     add('--pool', metavar='NAME', help='pooling over the image: mean, max, ... (default: that of the network)')
     add('--store', action='store_true', help='write them into the cache instead, where train and advise find them')
 
-
+# %% ../../nbs/commands/09_parts.ipynb #a50c945d
 def _of_model(network, options, runtime) -> tuple:
     "Return the body of a saved model, the settings of its features, and what determines them"
     from dr_transfer.commands.shared import _load
