@@ -211,7 +211,7 @@ def build_learner(
     report_table(table, say)
     name = _chosen_network(name, table, task, plan, weights, stage, seed=seed, runtime=runtime, say=say)
     task = _fitting_task(task, name, say)
-    task = get_task(task, augment=base.augmentation(task.augment) if augment is None else augment)
+    task = get_task(base.read(task), augment=augment)
     read = head_stages(find_backbone(name), task.neck, resolve(stage, base.stage), resolve(n_stages, base.n_stages))
     config = LearnerConfig(
         arch=name,
@@ -294,6 +294,8 @@ def _check_plan(learn, plan):
         what = f'a head that reads {plan.n_stages} stages'
     elif plan.pool not in (None, r.pool):
         what = f"the pooling '{plan.pool}'"
+    elif plan.reader not in (None, r.reader):
+        what = f"the reader '{plan.reader}'"
     elif plan.head != 'linear' and r.head != create_head(plan.head, 1, 2).about:
         what = f"the head '{plan.head}'"
     elif not set((plan.augment or r.augment).strip('+').split('+')) <= set(r.augment.split('+')):

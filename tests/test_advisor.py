@@ -146,13 +146,13 @@ BASE = np.array([0.70, 0.80, 0.75, 0.72, 0.78])
     ],
 )  # one fold does not show the variation
 def test_another_stage_is_chosen_only_if_it_is_significantly_better(other, chosen):
-    row, why = advisor._choose_stage(profile(a=BASE, b=np.array(other)), {}, 'a')
+    row, why = advisor._choose_stage(profile(a=BASE, b=np.array(other)), 'a')
     assert row == chosen
     assert why == ('no other stage is significantly better' if chosen == 'a' else '+0.050 [+0.037, +0.063] against a')
 
 
 def test_a_profile_without_scores():
-    assert advisor._choose_stage(profile(a=np.full(5, np.nan), b=np.full(5, np.nan)), {}, 'a')[0] == 'a'
+    assert advisor._choose_stage(profile(a=np.full(5, np.nan), b=np.full(5, np.nan)), 'a')[0] == 'a'
     assert 'none' in advisor._confidence(pd.Series({'low': np.nan, 'high': np.nan}))
 
 
@@ -697,7 +697,14 @@ def test_train_as_advised(tmp_path, fundus_data, monkeypatch):
         return given['advice']
 
     monkeypatch.setattr(advisor, 'advise', spy)
-    monkeypatch.setattr(advisor, '_choose_stage', lambda *a: ('stage1+stage2', 'the given reason'))
+    choose = advisor._choose_stage
+
+    def given_stage(profile, default):
+        if 'stage1+stage2' in profile.index:
+            return 'stage1+stage2', 'the given reason'
+        return choose(profile, default)
+
+    monkeypatch.setattr(advisor, '_choose_stage', given_stage)
     result = good(
         'train',
         fundus_data,
@@ -802,3 +809,48 @@ def test_a_damaged_file_is_skipped(tmp_path, dots, read_files):
     result = sum(advise(t, **TINY).counts.values())
     assert result == len(read_files)
     assert str(text) not in read_files
+
+
+# ---------------------------------------------------------------- reader
+
+
+def test_another_reader_is_advised_if_it_is_better_in_each_fold(fundus_data, monkeypatch):
+    "The plan has it, and so do a learner and its record."
+    choose = advisor._choose_stage
+
+    def corrected_light_is_better(table, default):
+        if 'fundus_local' in table.index:
+            table.attrs['folds']['fundus_local'] = np.add(table.attrs['folds'][default], 0.1)
+            table.loc['fundus_local', 'score'] = table.loc[default, 'score'] + 0.1
+        return choose(table, default)
+
+    own = advise(fundus_data, 'dr', **TINY)
+    assert own.plan.reader is None
+    assert 'reader: fundus_and_local, fundus_and_local 0.' in str(own)
+    monkeypatch.setattr(advisor, '_choose_stage', corrected_light_is_better)
+    advice = advise(fundus_data, 'dr', **TINY)
+    assert advice.plan.reader == 'fundus_local'
+    assert 'reader: fundus_local, fundus_and_local 0.' in str(advice)
+    assert advice.plans.loc['advised', 'forward passes'] == 4
+    assert advice.plans.loc['default', 'forward passes'] == 8
+    learn = build_learner(fundus_data, 'dr', plan=advice, **TINY)
+    assert (learn.task.reader, learn.record.reader) == ('fundus_local', 'fundus_local')
+    with pytest.raises(ValueError, match="needs the reader 'fundus_local', which this learner does not have"):
+        fit(build_learner(fundus_data, 'dr', **TINY), plan=advice)
+
+
+def test_both_kinds_of_light_are_measured(fundus_data, monkeypatch):
+    "The head of the default plan reads both, so the candidates are compared on both."
+    views = []
+
+    def spy(features, *a, f=advisor.depth_profile, **k):
+        views.append(features.views)
+        return f(features, *a, **k)
+
+    monkeypatch.setattr(advisor, 'depth_profile', spy)
+    advise(fundus_data, 'dr', **TINY)
+    assert views == [2, 2, 2, 2, 1, 1, 1, 1]  # the stages, then three readers: elsewhere and at home
+
+
+def test_photographs_of_flowers_have_one_reader(dots):
+    assert 'reader' not in str(advise(dots, **TINY))

@@ -94,8 +94,8 @@ def _last_stages(stages, last, k) -> tuple:
     return tuple(names[i + 1 - k : i + 1])
 
 
-def _choose_stage(profile, candidates, default) -> tuple[str, str]:
-    "Row of the depth profile for the head, and the reason: the default unless another is significantly better"
+def _choose_stage(profile, default) -> tuple[str, str]:
+    "Row of a table and the reason: the default unless another is significantly better"
     best = profile.score.fillna(-np.inf).idxmax()
     level = 1 - 0.05 / max(len(profile) - 1, 1)  # Bonferroni's correction
     gain, low, high = stage_gain(profile, best, default, level=level)
@@ -104,6 +104,9 @@ def _choose_stage(profile, candidates, default) -> tuple[str, str]:
     return default, 'no other stage is significantly better'
 
 # %% ../../nbs/training/04_advisor.ipynb #2c31bfa5
+_READERS = ('fundus_and_local', 'fundus', 'fundus_local')  # that are compared
+
+
 @dataclass(frozen=True)
 class _Pooled:
     "Features in one pooling"
@@ -125,37 +128,52 @@ class _Pooled:
         return np.concatenate([self.features.numpy(names, pool) for pool in ('token', 'mean')], -1)
 
 
+@dataclass(frozen=True)
+class _Probe:
+    "Linear classifiers on features of images, and what they are tested on"
+
+    features: Features | _Pooled
+    tested: dict  # `sources` or `tested` of `depth_profile`
+    target: pd.Series  # Class of each image
+    folds: dict  # `groups`, `seed` and `repeats` of `depth_profile`
+
+    def profile(self, stages) -> pd.DataFrame:
+        "The depth profile, with the score at home"
+        profile = depth_profile(self.features, self.target, stages=stages, **self.tested, **self.folds)
+        profile['home'] = depth_profile(self.features, self.target, stages=stages, **self.folds).score
+        return profile
+
+    def in_pool(self, pool) -> '_Probe':
+        "The same in one pooling; as it is if there is one"
+        if pool is None:
+            return self
+        tested = {name: _Pooled(value, pool) if name == 'tested' else value for name, value in self.tested.items()}
+        return replace(self, features=_Pooled(self.features, pool), tested=tested)
+
+
 def _pools(body) -> tuple:
     "The ways of pooling that are compared, the network's own first; empty if there is one"
     own = body.stages.pool
     return (own, *(p for p in ('mean', 'token', 'both') if p != own)) if 'both' in known_pools(body.stages) else ()
 
 
-def _in_pool(features, pool):
-    "Features in one pooling; as they are if there is one"
-    return _Pooled(features, pool) if pool else features
+def _readers(task) -> tuple:
+    "The readers that are compared, the task's own first; empty if there is one"
+    return (task.reader, *(r for r in _READERS if r != task.reader)) if task.reader in _READERS else ()
 
 
-def _profile(f, arguments, pool, y, stages, kw) -> pd.DataFrame:
-    "The depth profile in one pooling, with the score at home"
-    how = {name: _in_pool(value, pool) if name == 'tested' else value for name, value in arguments.items()}
-    own = _in_pool(f, pool)
-    profile = depth_profile(own, y, stages=stages, **how, **kw)
-    profile['home'] = depth_profile(own, y, stages=stages, **kw).score
-    return profile
-
-
-def _choose_pool(pools, profile_of, chosen) -> tuple[str, pd.DataFrame]:
-    "The pooling of the chosen stages, and a row for each other one; `profile_of` makes the profile of a pooling"
+def _better(names, probe_of, stages) -> tuple[str, str]:
+    "The first of several ways unless another is significantly better, and their scores in words"
     profiles = []
-    for pool in pools:
-        profile = profile_of(pool)
-        named = profile.rename(index={chosen: pool})
-        named.attrs = {**profile.attrs, 'folds': {pool: profile.attrs['folds'][chosen]}}
+    for name in names:
+        profile = probe_of(name).profile([stages])
+        (row,) = profile.index
+        named = profile.rename(index={row: name})
+        named.attrs = {**profile.attrs, 'folds': {name: profile.attrs['folds'][row]}}
         profiles.append(named)
     table = stacked(profiles)
-    best, _ = _choose_stage(table, {}, pools[0])
-    return best, table
+    best, _ = _choose_stage(table, names[0])
+    return best, ', '.join(f'{name} {score:.3f}' for name, score in table.score.items())
 
 # %% ../../nbs/training/04_advisor.ipynb #03611f33
 def choose_scenario(
@@ -193,7 +211,7 @@ def choose_advised(
 def _passes(plan, task) -> tuple[int, int]:
     "Forward passes and training passes of each training image that a plan needs"
     training = sum(phase.epochs or 0 for phase in plan.phases)
-    views = get_task(task, augment=plan.augmentation(task.augment)).views
+    views = plan.read(task).views
     if views is None and plan.phases[-1].solves:
         return 0, HEAD_PASSES  # features can be stored for a finite set of views only
     return len(VIEWS[views or 'none']), training
@@ -369,35 +387,53 @@ def _compared_stages(f, stages, neck) -> tuple[dict, tuple]:
     return candidates | {JOIN.join(own): (own[-1], len(own))}, own
 
 
-def _scores_words(table) -> str:
-    "The score of each row, in words"
-    return ', '.join(f'{name} {score:.3f}' for name, score in table.score.items())
+def _best_probe(probe_of, body, task, stages) -> tuple[_Probe, dict, str]:
+    "The best pooling and reader: its probe, what of them a plan sets, and words; `probe_of` makes that of a reader"
+    pools = _pools(body)
+    readers = _readers(task)
+    probe = probe_of(task.reader)
+    pool = None
+    changes = {}
+    words = ''
+    if pools:
+        pool, scores = _better(pools, probe.in_pool, stages)
+        words += f'; pooling: {pool}, {scores}'
+        if pool != pools[0]:
+            changes['pool'] = pool
+    if readers:
+        reader, scores = _better(readers, lambda r: probe_of(r).in_pool(pool), stages)
+        words += f'; reader: {reader}, {scores}'
+        if reader != readers[0]:
+            changes['reader'] = reader
+            probe = probe_of(reader)
+    return probe.in_pool(pool), changes, words
 
 
 def _advice(t, counts, compared, body, task, seed) -> Advice:
     "Make advice from the table of images, the class counts, the images to test on, and a body"
     pools = _pools(body)
-    f, arguments = compared.features(body, task, pools=['mean', 'token'] if pools else None)
+    folds = dict(groups=sample_groups(t), seed=seed)
+
+    def probe_of(reader) -> _Probe:
+        read = replace(task, reader=reader)
+        features, tested = compared.features(body, read, pools=['mean', 'token'] if pools else None)
+        return _Probe(features, tested, t.target, folds | {'repeats': 1 if len(t) >= 1000 else 3})
+
+    probe = probe_of(task.reader)
+    known = probe.features.stages
     joined = isinstance(body.stages, JoinedNetworks)
-    candidates, own = _compared_stages(f, body.stages, task.neck)
+    candidates, own = _compared_stages(probe.features, body.stages, task.neck)
     default = JOIN.join(own)
-    kw = dict(groups=sample_groups(t), seed=seed)
-    repeated = kw | {'repeats': 1 if len(t) >= 1000 else 3}
-    pool = pools[0] if pools else None
-    stages = [_last_stages(f.stages, *p) if p[1] > 1 else p[0] for p in candidates.values()]
-    profile = _profile(f, arguments, pool, t.target, stages, repeated)
-    chosen, why = (default, 'the networks side by side') if joined else _choose_stage(profile, candidates, default)
-    read = _last_stages(f.stages, *candidates[chosen])
-    if pools:
-        pool, of_pools = _choose_pool(pools, lambda p: _profile(f, arguments, p, t.target, [read], repeated), chosen)
-        why = f'{why}; pooling: {pool}, {_scores_words(of_pools)}'
-    speed = learning_speed(_in_pool(f, pool), t.target, stages=read, **kw)
+    stages = [_last_stages(known, *p) if p[1] > 1 else p[0] for p in candidates.values()]
+    profile = probe.in_pool(pools[0] if pools else None).profile(stages)
+    chosen, why = (default, 'the networks side by side') if joined else _choose_stage(profile, default)
+    read = _last_stages(known, *candidates[chosen])
+    best, changes, words = _best_probe(probe_of, body, task, read)
+    speed = learning_speed(best.features, t.target, stages=read, **folds)
     distance = domain_distance(body, t.image.tolist(), reader=task.reader, fit=task.fit, seed=seed)
     scenario = choose_scenario(counts.sum(), distance)
-    plan = choose_advised(scenario, *candidates[chosen], chosen == default, joined)
-    if pools and pool != pools[0]:
-        plan = replace(plan, pool=pool)
-    reasons = _reasons(counts, len(t), distance, profile, chosen, f'{why}; tested on {compared.words}', speed)
+    plan = replace(choose_advised(scenario, *candidates[chosen], chosen == default, joined), **changes)
+    reasons = _reasons(counts, len(t), distance, profile, chosen, f'{why}{words}; tested on {compared.words}', speed)
     usual, _ = choose_plan(int(counts.sum()), gpu=default_device().type != 'cpu')
     plans = _plan_rows({'advised': (plan, chosen), 'default': (PLANS[usual], default)}, default, profile, task)
     return Advice(

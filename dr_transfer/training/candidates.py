@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.acquisition import one_change_each
+from ..data.augment import views_of
 from ..data.sources import SourceError, image_sources, source_folds
 from ..data.tasks import Task
 from ..features.extraction import extract_features
@@ -62,7 +63,8 @@ class ComparedOn:
         "Compute the features of the images, and of their changed copies"
 
         def features(images, label):
-            return extract_features(images, body, task.size, task.reader, task.fit, label=label, **kwargs)
+            views = views_of('none', task.reader)
+            return extract_features(images, body, task.size, task.reader, task.fit, views, label=label, **kwargs)
 
         own = features(self.images, 'features')
         if self.changed is None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..data.augment import views_of
 from ..data.columns import group_errors
 from ..data.tasks import Task, get_task
 from ..features.classifiers import grouped_folds
@@ -108,7 +109,8 @@ def _seconds(body, task, images) -> float:
         with tempfile.TemporaryDirectory() as folder:  # nothing is read from the cache
             start = time.perf_counter()
             how = dict(folder=folder, label=f'time of {body.stages.spec.name}')
-            extract_features(some, body, task.size, task.reader, task.fit, **how)
+            views = views_of('none', task.reader)
+            extract_features(some, body, task.size, task.reader, task.fit, views, **how)
             times.append((time.perf_counter() - start) / len(some))
     return min(times)
 

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from ..data.augment import views_of
+from ..data.tasks import Task
 from ..models.backbones import create_body
 from ..models.head import Head
 from ..models.network import HEADS, create_head, get_head, head_inputs
@@ -102,6 +103,7 @@ class Plan:
     arch: str | None = None  # Backbone, if the plan needs a certain one
     weights: str | None = None  # 'random' for random initialisation
     pool: str | None = field(default=None, metadata={LATER: True})  # Of a transformer; its own if None
+    reader: str | None = field(default=None, metadata={LATER: True})  # How images are read; as the task says if None
     average: bool = field(default=False, metadata={LATER: True})  # Average the weights before and after?
 
     def __post_init__(self):
@@ -115,6 +117,10 @@ class Plan:
         if last.solves:
             return self
         return replace(self, phases=(*self.phases[:-1], replace(last, epochs=int(epochs))))
+
+    def read(self, task: Task) -> Task:
+        "A task with the reader and the augmentation of the plan"
+        return replace(task, reader=self.reader or task.reader, augment=self.augmentation(task.augment))
 
     def augmentation(self, own: str) -> str:
         "The augmentation of the plan for a task with augmentation `own`"
