@@ -30,7 +30,7 @@ from .features.extraction import weights_digest
 from .metrics.decision import prediction_table, table_arrays
 from .metrics.scores import summary
 from .models.head import Head
-from .models.network import create_head, view_probs
+from .models.network import create_head, fitting_size, view_probs
 from dr_transfer.models.registry import (
     AUTO,
     DEFAULT_ARCH,
@@ -38,8 +38,6 @@ from dr_transfer.models.registry import (
     find_backbone,
     head_stages,
     joined_name,
-    nearest_size,
-    patch_size,
 )
 from .models.stages import stage_names
 from .training.average import average_weights, copied_weights
@@ -51,17 +49,6 @@ from .training.stored import learner_features
 from .utils.checks import check_seed, check_workers, image_list
 
 # %% ../nbs/core.ipynb #ea9a5707
-def _fitting_task(task, arch, say) -> Task:
-    "A task with the nearest image size that the patches of a transformer allow"
-    spec = find_backbone(arch)
-    size = nearest_size(spec, task.size)
-    if size == task.size:
-        return task
-    patch = patch_size(spec)
-    say(f"size {size} instead of {task.size}: '{spec.name}' reads patches of {patch} by {patch} pixels")
-    return get_task(task, size)
-
-
 def _chosen_network(arch, table, task, plan, weights, stage, **how) -> str:
     "For 'auto' the best network on this machine; several side by side if only the head is trained"
     if arch != AUTO:
@@ -210,8 +197,7 @@ def build_learner(
     table = split_data(data, task, task_target, **how)
     report_table(table, say)
     name = _chosen_network(name, table, task, plan, weights, stage, seed=seed, runtime=runtime, say=say)
-    task = _fitting_task(task, name, say)
-    task = get_task(base.read(task), augment=augment)
+    task = get_task(base.read(task), fitting_size(find_backbone(name), task.size, say), augment)
     read = head_stages(find_backbone(name), task.neck, resolve(stage, base.stage), resolve(n_stages, base.n_stages))
     config = LearnerConfig(
         arch=name,

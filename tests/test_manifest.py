@@ -654,6 +654,15 @@ def test_features_equal_those_that_are_stored(tmp_path, images, run, weights):
     assert 'give a name such as' in error_line('features', file, '--out', tmp_path / 'a.csv')
 
 
+def test_features_of_a_transformer_have_the_nearest_size(tmp_path, images):
+    "As in `build_learner`, which says so as well."
+    file = images[0] / images[1][0]
+    out = good(
+        'features', file, '--arch', 'test_vit', '--weights', 'random', '--size', 60, '--out', tmp_path / 'f.parquet'
+    ).out
+    assert "size 64 instead of 60: 'test_vit' reads patches of 16 by 16 pixels" in out
+
+
 def test_prepared_shards_equal_a_prepared_folder(tmp_path, images):
     folder, names = tmp_path / 'few', images[1][:10]
     (folder / 'images').mkdir(parents=True)

@@ -102,11 +102,13 @@ def _of_backbone(network, options, runtime) -> tuple:
     from dr_transfer.data.tasks import get_task
     from dr_transfer.features.extraction import whole_body
     from dr_transfer.inference.work import FeatureSettings
-    from dr_transfer.models.network import make_body
-    from dr_transfer.models.registry import DEFAULT_ARCH, joined_name
+    from dr_transfer.models.network import fitting_size, make_body
+    from dr_transfer.models.registry import DEFAULT_ARCH, find_backbone, joined_name
 
+    arch = joined_name(network.arch or DEFAULT_ARCH)
     task = get_task(load_task(network.task), network.size)
-    stages = whole_body(joined_name(network.arch or DEFAULT_ARCH), network.weights, task.size)
+    task = get_task(task, fitting_size(find_backbone(arch), task.size))
+    stages = whole_body(arch, network.weights, task.size)
     body = make_body(stages, task.size, runtime)
     chosen = None if options.stages is None else tuple(options.stages)
     views = task.stored_views if options.views == 'task' else options.views

@@ -18,7 +18,7 @@ from ..data.views import VIEWS, map_batches, normalize, stack_images
 from .head import Head
 from .joined import JoinedNetworks, network_parts
 from .ordered import ORDERED
-from .registry import nearest_size, patch_size
+from .registry import Backbone, nearest_size, patch_size
 from .speed import Runtime, forward_copy, get_runtime, training_copy
 from .stages import Stages, stage_names
 from ..utils.files import progress, unknown
@@ -138,6 +138,19 @@ def min_size(
         else:
             works = middle
     return works
+
+
+def fitting_size(
+    spec: Backbone,  # From `find_backbone`
+    size: int,  # Height and width of the images in pixels
+    say: Callable = print,  # Called with a message if it is another one
+) -> int:
+    "The nearest image size that the patches of a transformer allow; the same size for other networks"
+    nearest = nearest_size(spec, size)
+    if nearest != size:
+        patch = patch_size(spec)
+        say(f"size {nearest} instead of {size}: '{spec.name}' reads patches of {patch} by {patch} pixels")
+    return nearest
 
 
 def check_network_size(

@@ -32,7 +32,7 @@ from dr_transfer.features.probes import (
 )
 from ..models.backbones import create_body
 from ..models.joined import JoinedNetworks
-from ..models.network import make_body
+from ..models.network import fitting_size, make_body
 from ..models.registry import AUTO, DEFAULT_ARCH, JOIN, find_backbone, head_stages, nearest_size
 from ..models.stages import Stages, known_pools
 from .candidates import images_to_test, sample_groups, stacked, training_sample
@@ -360,7 +360,7 @@ def advise(
         networks = choose_network(t, task, archs, weights, **how)
         arch = networks.chosen(joined=len(t) < LARGE)
         stages = _measured_stages(arch, weights, task)
-    task = get_task(task, nearest_size(stages.spec, task.size))
+    task = get_task(task, fitting_size(stages.spec, task.size, say))
     body = make_body(stages, task.size, runtime)
     advice = _advice(sample, counts, compared, body, task, seed)
     plan = replace(advice.plan, arch=arch, weights=weights and str(weights))  # measured on this network

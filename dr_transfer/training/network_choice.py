@@ -213,7 +213,8 @@ def _table(features, arguments, sample, requested, seconds, seed) -> pd.DataFram
 
     first, *_ = features.stages
     single = profile(features.stages)
-    table = stacked([single, profile(_joins(single.score, requested))])
+    joins = _joins(single.score, requested)
+    table = stacked([single, profile(joins)] if joins else [single])  # a small budget leaves one network
     table[['gain', 'gain_low', 'gain_high']] = [stage_gain(table, row, first) for row in table.index]
     table['images_a_second'] = [1 / sum(seconds[name] for name in row.split(JOIN)) for row in table.index]
     table.attrs['first'] = first
