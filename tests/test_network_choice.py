@@ -142,8 +142,8 @@ def test_a_budget_for_a_single_network(noise, monkeypatch):
     "Nothing can be joined then."
     monkeypatch.setattr(network_choice, '_seconds', lambda body, *a: 100.0 if len(body.stages.spec.name) > 9 else 60.0)
     choice = choose_network(noise, get_task('flowers', 32), NETWORKS, 'random', minutes=0.1, runtime='plain')
-    assert list(choice.table.index) == [choice.arch] == ['small_cnn']
-    assert 'squeezenet1_1 was excluded: 100.00 s an image' in choice.words(choice.arch)
+    assert list(choice.table.index) == [choice.arch] == ['test_resnet']  # the first, although another one is faster
+    assert 'small_cnn was excluded: 60.00 s an image' in choice.words(choice.arch)
 
 
 def test_validation_images_are_not_used(flowers, monkeypatch):

@@ -58,12 +58,14 @@ class ComparedOn:
         self,
         body: Body,  # The network
         task: Task,  # How images are read
+        views: str | None = None,  # Name in `VIEWS`; those of the reader if None
         **kwargs,  # More arguments of `extract_features`
     ) -> tuple:  # `Features` of the images, and the arguments of `depth_profile`
         "Compute the features of the images, and of their changed copies"
 
+        views = views or views_of('none', task.reader)
+
         def features(images, label):
-            views = views_of('none', task.reader)
             return extract_features(images, body, task.size, task.reader, task.fit, views, label=label, **kwargs)
 
         own = features(self.images, 'features')

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..data.augment import views_of
 from ..data.columns import group_errors
 from ..data.tasks import Task, get_task
 from ..features.classifiers import grouped_folds
@@ -109,8 +108,7 @@ def _seconds(body, task, images) -> float:
         with tempfile.TemporaryDirectory() as folder:  # nothing is read from the cache
             start = time.perf_counter()
             how = dict(folder=folder, label=f'time of {body.stages.spec.name}')
-            views = views_of('none', task.reader)
-            extract_features(some, body, task.size, task.reader, task.fit, views, **how)
+            extract_features(some, body, task.size, task.reader, task.fit, **how)
             times.append((time.perf_counter() - start) / len(some))
     return min(times)
 
@@ -121,8 +119,9 @@ def _affordable(
     n: int,  # Number of images
     copies: int,  # How often each image is computed
 ) -> tuple[list, int]:  # Names, and the number of images
-    "The networks and the number of images that a budget of time allows"
-    names = sorted(seconds, key=lambda name: seconds[name])
+    "The networks and the number of images that a budget of time allows; the first network is always one of them"
+    first, *others = seconds
+    names = [first, *sorted(others, key=lambda name: seconds[name])]
     while True:
         images = int(60 * minutes / (copies * sum(seconds[name] for name in names)))
         if images >= min(n, MIN_IMAGES) or len(names) == 1:
@@ -158,7 +157,7 @@ def _features(candidates, compared) -> tuple:
     changed = []
     arguments = {}
     for c in candidates:
-        features, arguments = compared.features(c.body, c.task, stages=c.all_stages)
+        features, arguments = compared.features(c.body, c.task, views='none', stages=c.all_stages)
         own.append(features)
         changed.append(arguments.get('tested'))
     if 'tested' in arguments:
