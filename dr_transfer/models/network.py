@@ -140,19 +140,6 @@ def min_size(
     return works
 
 
-def fitting_size(
-    spec: Backbone,  # From `find_backbone`
-    size: int,  # Height and width of the images in pixels
-    say: Callable = print,  # Called with a message if it is another one
-) -> int:
-    "The nearest image size that the patches of a transformer allow; the same size for other networks"
-    nearest = nearest_size(spec, size)
-    if nearest != size:
-        patch = patch_size(spec)
-        say(f"size {nearest} instead of {size}: '{spec.name}' reads patches of {patch} by {patch} pixels")
-    return nearest
-
-
 def check_network_size(
     stages: nn.Module,  # From `create_body`
     size: int,  # Height and width of the images in pixels
@@ -186,6 +173,19 @@ def make_body(
     if runtime == 'auto' and device.type != 'cpu':
         runtime = 'plain'
     return Body(stages, get_runtime(runtime, stages, stages.spec.name, size)).to(device)
+
+# %% ../../nbs/models/13_network.ipynb #fitsize1
+def fitting_size(
+    spec: Backbone,  # From `find_backbone`
+    size: int,  # Height and width of the images in pixels
+    say: Callable = print,  # Called with a message if it is another one
+) -> int:
+    "The nearest image size that the patches of a transformer allow; the same size for other networks"
+    nearest = nearest_size(spec, size)
+    if nearest != size:
+        patch = patch_size(spec)
+        say(f"size {nearest} instead of {size}: '{spec.name}' reads patches of {patch} by {patch} pixels")
+    return nearest
 
 # %% ../../nbs/models/13_network.ipynb #5eed72c3
 HEADS = {

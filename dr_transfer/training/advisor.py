@@ -104,7 +104,7 @@ def _choose_stage(profile, default) -> tuple[str, str]:
     return default, 'no other stage is significantly better'
 
 # %% ../../nbs/training/04_advisor.ipynb #2c31bfa5
-_READERS = ('fundus_and_local', 'fundus', 'fundus_local')  # that are compared
+_COMPARED_READERS = ('fundus_and_local', 'fundus', 'fundus_local')  # that are compared
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,9 @@ def _pools(body) -> tuple:
 
 def _readers(task) -> tuple:
     "The readers that are compared, the task's own first; empty if there is one"
-    return (task.reader, *(r for r in _READERS if r != task.reader)) if task.reader in _READERS else ()
+    return (
+        (task.reader, *(r for r in _COMPARED_READERS if r != task.reader)) if task.reader in _COMPARED_READERS else ()
+    )
 
 
 def _better(names, probe_of, stages) -> tuple[str, str]:
@@ -408,7 +410,7 @@ def _best_probe(probe_of, body, task, stages) -> tuple[_Probe, dict, str]:
             probe = probe_of(reader)
     return probe.in_pool(pool), changes, words
 
-
+# %% ../../nbs/training/04_advisor.ipynb #advice01
 def _advice(t, counts, compared, body, task, seed) -> Advice:
     "Make advice from the table of images, the class counts, the images to test on, and a body"
     pools = _pools(body)
