@@ -218,6 +218,24 @@ def test_not_finite_features_are_found_in_any_block(tmp_path, small_memory):
             FeatureClassifier().fit(X, y)
 
 
+def test_the_path_ends_when_the_loss_rises(monkeypatch):
+    "Only for features that do not fit into memory; the result is the same"
+    monkeypatch.setattr(classifiers, 'C_VALUES', (1e-3, 1e-2, 1e-1, 1.0, 10.0))
+    x, y = correlated(200, 1, 2)
+    y = np.where(np.random.default_rng(0).random(200) < 0.2, 1 - y, y)  # labels are wrong, so the loss rises
+    whole = FeatureClassifier().fit(x, y).estimator_
+    monkeypatch.setattr(extraction, '_MAX_NUMBERS', 0)
+    part = FeatureClassifier().fit(x, y).estimator_
+    assert list(whole.losses_) == list(classifiers.C_VALUES)
+    n = len(part.losses_)
+    assert 3 <= n < 5
+    assert part.losses_ == dict(list(whole.losses_.items())[:n])
+    assert part.C == whole.C
+    assert np.array_equal(part.coef_, whole.coef_)
+    losses = list(part.losses_.values())
+    assert losses[-3] < losses[-2] < losses[-1]
+
+
 def test_too_few_steps_are_a_warning(monkeypatch):
     monkeypatch.setitem(logistic._OPTIONS, 'maxiter', 1)
     with pytest.warns(ConvergenceWarning, match='C=0.0001'):

@@ -142,7 +142,13 @@ def held_out_loss(
         right = p[:, problem.y[images], np.arange(p.shape[2])]
         return -(np.log(right.clip(_MIN_PROBABILITY)) * tested[images].T).sum()
 
-    return sum(problem.rows.map(block_loss)) / len(problem.y)
+    return float(sum(problem.rows.map(block_loss))) / len(problem.y)
+
+
+def _has_risen(losses: dict) -> bool:
+    "Has the loss risen for the last two values?"
+    last = list(losses.values())[-3:]
+    return len(last) == 3 and last[0] < last[1] < last[2]
 
 
 def fit_logistic(
@@ -158,7 +164,11 @@ def fit_logistic(
             part[images, i] = True
     training, tested = inside
     problem = LogisticProblem(rows, y, training)
-    losses = {C: held_out_loss(problem, r.x, tested) for C, r in zip(values, logistic_path(problem, values))}
+    losses: dict = {}
+    for C, result in zip(values, logistic_path(problem, values)):
+        losses[C] = held_out_loss(problem, result.x, tested)
+        if _has_risen(losses) and not fits_memory(rows.x):
+            break
     best = min(losses, key=losses.get)
     problem = LogisticProblem(rows, y, np.ones((len(y), 1), bool))
     *_, result = logistic_path(problem, values[: values.index(best) + 1])
