@@ -613,7 +613,7 @@ def like_scikit_learn(n=5000):
 
 
 def large(root, sizes=(30_000, 60_000, 100_000), aim=1_000_000):
-    "Measure time and memory of the default head on features in memory-mapped files; none of the sets is kept in memory."
+    "Measure time and memory of the default head on features on disk; none of the sets is kept in memory."
     out = like_scikit_learn()
     found = {}
     for n in sizes:
