@@ -26,7 +26,7 @@ from .data.table import report_table
 from .data.tasks import ReadImage, Task, get_task
 from .data.views import LOCAL, map_rows
 from .features.classifiers import FeatureClassifier
-from .features.extraction import weights_digest
+from .features.extraction import image_blocks, weights_digest
 from .metrics.decision import prediction_table, table_arrays
 from .metrics.scores import summary
 from .models.head import Head
@@ -448,12 +448,15 @@ def predict_probs(
 @torch.inference_mode()
 def _feature_probs(learn, images) -> np.ndarray:
     "Predict class probabilities from stored features"
-    features: Any = learner_features(learn, images)
-    f = features.numpy()
+    features: Any = learner_features(learn, images).array()
     head = learn.head.eval()
-    rows = torch.tensor(f).flatten(0, 1).to(next(head.parameters()).device)
-    p = map_rows(lambda x: head(x).softmax(1), rows)
-    return p.reshape(*f.shape[:2], -1).mean(1).cpu().numpy()
+    device = next(head.parameters()).device
+    parts = []
+    for some in image_blocks(features):
+        f = torch.tensor(features[some])
+        p = map_rows(lambda x: head(x).softmax(1), f.flatten(0, 1).to(device))
+        parts.append(p.reshape(*f.shape[:2], -1).mean(1).cpu().numpy())
+    return np.concatenate(parts)
 
 # %% ../nbs/core.ipynb #256b25e2
 def features_stored(

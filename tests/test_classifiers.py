@@ -240,24 +240,26 @@ def test_the_regularisation_strength_has_the_least_loss():
 
 @pytest.mark.parametrize('name', ['logistic', 'linear_svm', 'rbf_svm', 'neighbours', 'dense'])
 def test_no_image_and_no_group_in_two_subsets(name, monkeypatch):
-    "The rows of every inner fold, with the image and the group of each"
+    "The rows of every inner fold, with the image and the group of each; logistic regression divides images"
     x, y = blobs(48, 3)
     g = np.arange(48) // 6
     recorded = []
-    splits = module._ViewSet.splits
+    method = 'image_splits' if name == 'logistic' else 'splits'
+    rows_of_an_image = 1 if name == 'logistic' else 3
+    splits = getattr(module._ViewSet, method)
 
     def noted(self, n):
         folds = list(splits(self, n))
         recorded.extend(folds)
         return folds
 
-    monkeypatch.setattr(module._ViewSet, 'splits', noted)
+    monkeypatch.setattr(module._ViewSet, method, noted)
     FeatureClassifier(name).fit(x, y, g)
     assert recorded
     for a, b in recorded:
-        assert sorted([*a, *b]) == list(range(48 * 3))
-        assert not set(a // 3) & set(b // 3)
-        assert not set(g[a // 3]) & set(g[b // 3])
+        assert sorted([*a, *b]) == list(range(48 * rows_of_an_image))
+        assert not set(a // rows_of_an_image) & set(b // rows_of_an_image)
+        assert not set(g[a // rows_of_an_image]) & set(g[b // rows_of_an_image])
 
 
 class Spy(GaussianNB):

@@ -723,6 +723,12 @@ def test_training_and_advisor_find_stored_features(tmp_path, fundus_data, weight
     assert '40 images in 2 parts, stored in the cache' in good('merge', tmp_path / 'parts', '--store').err
     known = stored_rows(caches[0])
     assert known == stored_rows(caches[1])
+    table = tmp_path / 'table.parquet'
+    good('features', folder, *network, '--views', 'task', '--out', table)
+    monkeypatch.setenv('DR_TRANSFER_CACHE', str(tmp_path / 'of a table'))
+    assert '40 images, stored in the cache' in good('merge', table, '--store').err
+    assert known == stored_rows(tmp_path / 'of a table')
+    assert 'give the parts' in error_line('merge', table, table, '--store')
     assert set(known.values()) == {len({content_key(f) for f in find_images(folder)})}
     train = ('train', fundus_data, *network, '--plan', 'head')
     for i, cache in enumerate(caches):

@@ -791,7 +791,7 @@ def test_a_head_that_cannot_be_solved(build, data_folder, monkeypatch, why):
     if why == 'dropout':
         kw['head'] = Head((), 0.2)
     if why == 'many':
-        monkeypatch.setattr(phases, 'MAX_STORED_NUMBERS', 100)
+        monkeypatch.setattr(phases, 'MAX_SOLVED_NUMBERS', 100)
     if why == 'endless':
         kw['augment'] = 'mirror+random_crop'
     if why == 'asked':

@@ -18,6 +18,9 @@ machine, with the same network and images.
               with the JPEG decoder alone, and with retinalysis-fundusprep from PyPI (if PEER_PYTHON is the path of a
               Python that has it)
     copies    search for near copies among 100,000 hashes
+    large     the default head on synthetic features of 10,000, 50,000 and 100,000 images (4 views, 640 channels), `C`
+              chosen on five folds, of the larger ones among two values: time of a pass through the features and
+              peak memory, and what follows for 1,000,000 images; compared with scikit-learn on 2,000 images
 
 The results are written to nbs/results/benchmark.csv, a row for each value.
 """
@@ -492,7 +495,171 @@ def real_copies(root, name) -> tuple:
     return f'near copies among photographs, {name}: share that is found', share, f'{len(found)} of {len(exact)} pairs'
 
 
-PARTS = {f.__name__: f for f in (extract, head, tail, steps, scale, fundus, copies)}
+LARGE = """
+import resource, sys, time
+sys.path.insert(0, sys.argv[1])
+from benchmark import large_features
+from dr_transfer.features import classifiers, extraction, logistic
+
+extraction._MAX_NUMBERS = 0  # small sets are read in blocks too
+classifiers.C_VALUES = classifiers.C_VALUES[:int(sys.argv[4])]
+
+def memory(kind):  # VmRSS: now; VmHWM: the peak. ru_maxrss begins with the memory of the process that started this one
+    status = dict(line.split(':', 1) for line in open('/proc/self/status'))
+    return int(status[kind].split()[0]) / 1024
+
+def core_seconds():
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+passes = 0
+gradient = logistic.LogisticProblem.loss_gradient
+
+def counted(*args):
+    global passes
+    passes += 1
+    return gradient(*args)
+
+logistic.LogisticProblem.loss_gradient = counted
+features, y = large_features(sys.argv[2], int(sys.argv[3]))
+before = memory('VmRSS')
+with open('/proc/self/clear_refs', 'w') as f:
+    f.write('5')  # the peak begins here, after the checksums of the stores were compared
+start, used = time.perf_counter(), core_seconds()
+model = classifiers.FeatureClassifier().fit(features, y)
+print(core_seconds() - used, time.perf_counter() - start, passes, before, memory('VmHWM'), model.estimator_.C)
+"""
+LARGE_STAGES = {'stage6': 256, 'stage7': 384}  # 640 channels
+
+
+def large_features(folder, n, views='quarter_turns'):
+    "Return synthetic features of n images, and their classes; they are written into stores unless they are there."
+    from dr_transfer.features.extraction import Features, _field
+    from dr_transfer.utils.store import ArrayStore, fill_rows
+
+    rng = np.random.default_rng(0)
+    channels = sum(LARGE_STAGES.values())
+    y = rng.integers(0, 5, n)
+    mixing = rng.normal(size=(64, channels)) / np.sqrt(np.arange(1, 65))[:, None]  # correlated channels
+    means = 0.25 * rng.normal(size=(5, 64))
+    stores = {}
+    for v in range(4):
+        for stage, d in LARGE_STAGES.items():
+            field = _field(stage, v)
+            about = {'arch': 'synthetic', 'pools': ['mean'], 'weights': 'none', 'view': v, 'stage': stage}
+            stores[field] = ArrayStore(folder, field, about, {field: ((1, 1, d), 'float32')})
+
+    def compute(images, fields, bs=1000):
+        for i in range(0, len(images), bs):
+            of = y[images[i : i + bs]]
+            image = (means[of] + rng.normal(size=(len(of), 64))) @ mixing
+            out = {}
+            for v in range(4):
+                x = np.maximum(image + 0.7 * rng.standard_normal(image.shape, np.float32), 0)
+                parts = np.split(x[:, None, None], np.cumsum(list(LARGE_STAGES.values()))[:-1], -1)
+                out |= {_field(stage, v): part for stage, part in zip(LARGE_STAGES, parts)}
+            yield out
+
+    keys = [f'{i:032x}' for i in range(n)]
+    rows = fill_rows(list(stores.values()), keys, list(range(n)), compute, 1000)
+    return Features(stores, dict(zip(stores, rows)), keys, views), y
+
+
+def core_seconds(f):
+    "Call a function: return the seconds of all cores that it took, and its result."
+    start = time.process_time()
+    out = f()
+    return time.process_time() - start, out
+
+
+def solved_by_scikit_learn(x, y, folds, values):
+    "Choose C on folds, and fit logistic regression to all rows: return it, and the standardised rows."
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    views = x.shape[1]
+    scaled = StandardScaler().fit_transform(x.reshape(-1, x.shape[2])).reshape(x.shape).astype(np.float64)
+
+    def path(images):
+        model = LogisticRegression(max_iter=5000, warm_start=True)
+        rows = scaled[images].reshape(-1, x.shape[2])
+        for C in values:
+            yield model.set_params(C=C).fit(rows, y[images].repeat(views), np.full(len(rows), 1 / views))
+
+    losses = np.zeros(len(values))
+    for train, test in folds:
+        for i, model in enumerate(path(train)):
+            p = model.predict_proba(scaled[test].reshape(-1, x.shape[2])).reshape(len(test), views, -1).mean(1)
+            losses[i] -= np.log(p[np.arange(len(test)), y[test]].clip(0.001)).sum() / len(y)
+    *_, (_, model) = zip(range(losses.argmin() + 1), path(np.arange(len(y))))
+    return model, scaled
+
+
+def like_scikit_learn(n=2000):
+    "Compare the default head with scikit-learn on each fold: time, and the loss that both minimise."
+    from threadpoolctl import threadpool_limits
+
+    from dr_transfer.features.classifiers import C_VALUES, FeatureClassifier, grouped_folds
+
+    with tempfile.TemporaryDirectory() as d, threadpool_limits(1, user_api='blas'):
+        features, y = large_features(d, n)
+        x = features.numpy()
+        ours, model = core_seconds(lambda: FeatureClassifier().fit(features, y))
+        theirs, (own, scaled) = core_seconds(lambda: solved_by_scikit_learn(x, y, grouped_folds(y), C_VALUES))
+
+    def loss(found):
+        z = scaled @ found.coef_.T + found.intercept_
+        log_p = z - np.logaddexp.reduce(z, axis=-1, keepdims=True)
+        return -log_p[np.arange(n), :, y].mean() + (found.coef_**2).sum() / (2 * own.C * n)
+
+    difference = loss(model.estimator_) - loss(own)
+    about = f'{difference:.1e}; C = {model.estimator_.C:g} and {own.C:g}'
+    return [
+        (
+            f'head on {n} images, compared with scikit-learn on each fold',
+            theirs / ours,
+            f'{ours:.0f} and {theirs:.0f} core seconds',
+        ),
+        (f'head on {n} images: loss minus that of scikit-learn, in 0.0001', difference / 1e-4, about),
+    ]
+
+
+def large(root, sizes=(10_000, 50_000, 100_000), aim=1_000_000):
+    "Measure time and memory of the default head on features on disk; none of the sets is kept in memory."
+    from dr_transfer.features.classifiers import C_VALUES
+
+    out = like_scikit_learn()
+    found = {}
+    for n in sizes:
+        values = len(C_VALUES) if n == sizes[0] else 2  # the number of passes is known from the first set
+        with tempfile.TemporaryDirectory() as d:
+            large_features(d, n)
+            run = [sys.executable, '-c', LARGE, str(Path(__file__).parent), d, str(n), str(values)]
+            r = subprocess.run(run, capture_output=True, text=True, check=True)
+        core, s, passes, before, after, C = map(float, r.stdout.split())
+        found[n] = core / passes, after, passes
+        gb = n * 4 * sum(LARGE_STAGES.values()) * 4 / 1e9
+        about = f'{gb:.2f} GB of features; {values} values of C, {passes:.0f} passes'
+        out += [
+            (f'head on {n} images: core seconds of a pass', core / passes, about),
+            (f'head on {n} images: peak memory, MB', after, f'{before:.0f} MB before the head'),
+        ]
+        if n == sizes[0]:
+            out.append((f'head on {n} images: core seconds', core, f'{s:.0f} s; C = {C:g}'))
+        print(pd.DataFrame(out).to_string(index=False, header=False), flush=True)
+    first, last = sizes[0], sizes[-1]
+    slopes = [(b - a) / (last - first) for a, b in zip(found[first][:2], found[last])]
+    core, mb = (value + slope * (aim - last) for value, slope in zip(found[last], slopes))
+    about = f'extrapolated with the slope between {first} and {last} images'
+    passes = found[first][2]
+    return [
+        *out,
+        (f'head on {aim} images: core hours', core * passes / 3600, f'{about}, for {passes:.0f} passes'),
+        (f'head on {aim} images: peak memory, MB', mb, about),
+    ]
+
+
+PARTS = {f.__name__: f for f in (extract, head, tail, steps, scale, fundus, copies, large)}
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

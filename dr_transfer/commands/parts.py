@@ -198,14 +198,14 @@ def merge(
 
 
 def _merge_into_store(parts, out) -> int:
-    "Write the features of all shards into the cache"
-    from dr_transfer.inference.merged import find_parts, merged_columns
+    "Write the features of all shards, or of a table, into the cache"
+    from dr_transfer.inference.merged import merged_columns
     from dr_transfer.inference.work import store_features
 
-    found = find_parts(parts)
-    about = next(iter(found.values()))
+    about, columns = merged_columns(parts)
     if out is not None or about.command != 'features':
         raise ValueError('--store is for parts of dr_transfer features, without --out: give --out FILE without --store')
-    n = store_features(about.settings, merged_columns(found))
-    print(f'{n} images in {len(found)} parts, stored in the cache', file=sys.stderr)
+    n = store_features(about.settings, columns)
+    what = f' in {about.shard[1]} parts' if about.shard else ''
+    print(f'{n} images{what}, stored in the cache', file=sys.stderr)
     return 0

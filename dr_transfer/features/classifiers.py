@@ -26,7 +26,8 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from ..data.sources import source_folds
-from .extraction import Features, _chosen
+from .extraction import FeatureArray, Features, _chosen, image_blocks
+from .logistic import _MIN_PROBABILITY, FeatureRows, fit_logistic
 from ..metrics.groups import GroupError
 from ..metrics.intervals import group_codes
 from ..models.head import Head
@@ -78,15 +79,21 @@ def grouped_folds(
 class _ViewSet:
     "All views as rows, those of an image next to each other"
 
-    def __init__(self, x, y, groups, seed, sources=None):
-        self.views = x.shape[1]
+    def __init__(self, rows, y, groups, seed, sources=None):
+        self.standard = rows  # `FeatureRows`
+        self.views = rows.x.shape[1]
         self.labels = y
         self.groups = groups
         self.sources = sources
         self.seed = seed
-        self.x = x.reshape(-1, x.shape[-1])
         self.y = np.repeat(y, self.views)
         self.weights = np.full(len(self.y), 1 / self.views)
+
+    @cached_property
+    def x(self) -> np.ndarray:
+        "Standardised rows, in memory"
+        x = self.standard.x
+        return self.standard.scaler.transform(x[:].reshape(-1, x.shape[-1]))
 
     @cached_property
     def folds(self) -> list:
@@ -96,13 +103,15 @@ class _ViewSet:
         first = np.asarray(images)[:, None] * self.views
         return (first + np.arange(self.views)).ravel()
 
-    def splits(self, n) -> list:
-        "(training, test) row numbers: one fold for each source, or `n` folds of groups if there are no sources"
+    def image_splits(self, n) -> list:
+        "(training, test) images: one fold for each source, or `n` folds of groups if there are no sources"
         if self.sources is not None:
-            folds = source_folds(self.labels, self.sources)
-        else:
-            folds = grouped_folds(self.labels, self.groups, n, self.seed)
-        return [(self.rows(train), self.rows(test)) for train, test in folds]
+            return source_folds(self.labels, self.sources)
+        return grouped_folds(self.labels, self.groups, n, self.seed)
+
+    def splits(self, n) -> list:
+        "The row numbers of `image_splits`"
+        return [(self.rows(train), self.rows(test)) for train, test in self.image_splits(n)]
 
     def cv_splits(self, cv) -> list:
         "(training, test) row numbers from the `cv` of scikit-learn, applied to images"
@@ -114,9 +123,6 @@ class _ViewSet:
         return [(self.rows(train), self.rows(test)) for train, test in folds]
 
 # %% ../../nbs/features/02_classifiers.ipynb #5b99e070
-_MIN_PROBABILITY = 0.001  # lower limit of a probability in the log-loss
-
-
 def _loss(model, x, y, views) -> float:
     "Log-loss of the images; error rate of the rows for a model without probabilities"
     if not hasattr(model, 'predict_proba'):
@@ -152,11 +158,8 @@ _EPOCHS = (1, 2, 4, 8, 16, 32, 64)  # epochs of the dense network; more than 8 o
 _NEIGHBORS = (33, 17, 9, 5, 3)  # numbers of neighbours in images
 
 
-def _logistic_path(x, y, w, values):
-    x = x.astype(np.float64)
-    model = LogisticRegression(max_iter=5000, warm_start=True)
-    for C in values:
-        yield model.set_params(C=C).fit(x, y, w)
+def _logistic(view_set):
+    return fit_logistic(view_set.standard, view_set.labels, view_set.image_splits(5), C_VALUES)
 
 
 def _dense(view_set):
@@ -201,10 +204,6 @@ def _forest(view_set):
     return forest.fit(view_set.x, view_set.y, view_set.weights).set_params(
         n_jobs=1
     )  # several threads would add in varying order
-
-
-def _logistic(view_set):
-    return _best(view_set, _logistic_path, C_VALUES)
 
 
 def _linear_svm(view_set):
@@ -252,7 +251,8 @@ def _fit_given(model, view_set, y):
 # %% ../../nbs/features/02_classifiers.ipynb #6aa83057
 def _not_finite(X, x) -> ValueError:
     "The error for features that are NaN or infinite"
-    rows = np.flatnonzero(~np.isfinite(x).all((1, 2)))
+    bad = [~np.isfinite(x[images]).all((1, 2)) for images in image_blocks(x)]
+    rows = np.flatnonzero(np.concatenate(bad))
     what = f'features of {len(rows)} of {len(x)} images are NaN or infinite, the first in row {rows[0]}'
     if not isinstance(X, Features):
         return ValueError(f'{what}: compute them again, or exclude these rows')
@@ -263,10 +263,12 @@ def _not_finite(X, x) -> ValueError:
     )
 
 
-def _views_of(X, stages, pool) -> np.ndarray:
+def _views_of(X, stages, pool) -> np.ndarray | FeatureArray:
     "float32 (images, views, channels)"
     if isinstance(X, Features):
-        x = X.numpy(stages, pool)
+        x = X.array(stages, pool)
+    elif isinstance(X, FeatureArray):
+        x = X
     else:
         x = np.asarray(X, dtype=np.float32)
         if x.ndim == 2:
@@ -276,9 +278,16 @@ def _views_of(X, stages, pool) -> np.ndarray:
             f'features of shape {x.shape}: give Features, or an array (images, views, channels) '
             'or (images, channels), with one image or more'
         )
-    if not np.isfinite(x).all():
-        raise _not_finite(X, x)
     return x
+
+
+def _row_blocks(X, x):
+    "Blocks of rows, one for each view; ValueError for features that are NaN or infinite"
+    for images in image_blocks(x):
+        part = x[images]
+        if not np.isfinite(part).all():
+            raise _not_finite(X, x)
+        yield part.reshape(-1, x.shape[-1])
 
 
 def _classes(y, n):
@@ -395,19 +404,17 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         x = _views_of(X, self.stages, self.pool)
         self.classes_, codes = _classes(y, len(x))
         self.n_features_in_ = x.shape[-1]
-        self.scaler_ = StandardScaler().fit(x.reshape(-1, x.shape[-1]))
+        self.scaler_ = StandardScaler()
+        for rows in _row_blocks(X, x):
+            self.scaler_.partial_fit(rows)
         self.source_ = _source(X, self.stages, self.pool)
         self.estimator_ = self._train(x, codes, groups, sources)
         return self
 
-    def _scaled(self, x) -> np.ndarray:
-        "Standardise features (images, views, channels); one row for each view"
-        return self.scaler_.transform(x.reshape(-1, x.shape[-1]))
-
     def _train(self, x, codes, groups, sources):
         "Fit the estimator of a classifier"
         _check_name(self.classifier)
-        view_set = _ViewSet(self._scaled(x).reshape(x.shape), codes, groups, self.seed, sources)
+        view_set = _ViewSet(FeatureRows(x, self.scaler_), codes, groups, self.seed, sources)
         with threadpool_limits(1, user_api='blas'):
             if isinstance(self.classifier, str):
                 return CLASSIFIERS[self.classifier](view_set)
@@ -422,10 +429,9 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
                 f'features with {x.shape[-1]} channels: this classifier was trained on {self.n_features_in_}. '
                 'Give the same stages and pool'
             )
-        rows = self._scaled(x)
         with threadpool_limits(1, user_api='blas'):
-            p = self.estimator_.predict_proba(rows)
-        return p.reshape(*x.shape[:2], -1).mean(1)
+            blocks = [self.estimator_.predict_proba(self.scaler_.transform(rows)) for rows in _row_blocks(X, x)]
+        return np.concatenate([p.reshape(-1, x.shape[1], p.shape[1]).mean(1) for p in blocks])
 
     def predict(self, X) -> np.ndarray:
         "The most probable class of each image"

@@ -8,6 +8,7 @@ __all__ = ['Features', 'image_features']
 # %% ../../nbs/features/01_extraction.ipynb #2f19826e
 import hashlib
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +54,80 @@ def _stored_rows(store, field, rows, pool) -> np.ndarray:
             return a[piece, :, pool]
     return a[rows, :, pool]
 
+# %% ../../nbs/features/01_extraction.ipynb #6f259758
+_MAX_NUMBERS = 2**26  # features x views x images that are read into memory at once, 0.25 GB
+_BLOCK_NUMBERS = 2**21  # the same for a block of images, 8 MB
 
-def _joined(arrays, axis) -> np.ndarray:
-    "Join arrays; a single one is not copied"
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)
+
+class FeatureArray:
+    "Features as an array (images, views, channels), float32; only the images that are indexed are read"
+
+    ndim = 3
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, features, stages=None, pool=None):  # As for `Features.numpy`
+        pools = features.about['pools']
+        pool = features.usual_pool if pool is None else pool
+        if pool not in pools:
+            raise unknown('pool', pool, pools, 'Extract others with pools=(...)')
+        self.features = features
+        self.pool = pools.index(pool)
+        self.names = _chosen(stages, features.stages)
+        self.shape = (len(features), features.views, sum(features.stages[n] for n in self.names))
+
+    def __len__(self):
+        return len(self.features)
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    def __getitem__(self, index):
+        "(images, views, channels) for a slice, row numbers or a mask; (images, channels) with a view for each row"
+        if not isinstance(index, tuple):
+            return self.read(index)
+        images, views = map(np.asarray, index)
+        out = np.empty((len(images), self.shape[2]), self.dtype)
+        for v in np.unique(views):
+            out[views == v] = self.read(images[views == v], views=(v,))[:, 0]
+        return out
+
+    def read(self, images, dtype=np.float32, views=None) -> np.ndarray:  # (images, views, channels)
+        "Read images; a single field, as float32, is memory-mapped if the images are consecutive"
+        f = self.features
+        views = range(self.shape[1]) if views is None else views
+        fields = [[_field(name, v) for name in self.names] for v in views]
+        parts = [[_stored_rows(f.stores[k], k, f.rows[k][images], self.pool) for k in ks] for ks in fields]
+        if len(self.names) == len(views) == 1:
+            return parts[0][0].astype(dtype, copy=False)
+        out = np.empty((len(parts[0][0]), len(views), self.shape[2]), dtype)
+        for i, of_view in enumerate(parts):
+            np.concatenate(of_view, -1, out=out[:, i : i + 1], casting='same_kind')
+        return out
+
+
+def fits_memory(
+    x,  # Array (images, views, channels), or `FeatureArray`
+) -> bool:
+    "Are there so few features that they are kept in memory (0.25 GB as float32)?"
+    return x.size <= _MAX_NUMBERS
+
+
+def float64_rows(
+    x,  # Array (images, views, channels), or `FeatureArray`
+    images: slice,  # Which images
+) -> np.ndarray:  # float64 (images * views, channels)
+    "A row for each view of some images"
+    part = x.read(images, np.float64) if isinstance(x, FeatureArray) else x[images].astype(np.float64)
+    return part.reshape(-1, x.shape[2])
+
+
+def image_blocks(
+    x,  # Array (images, views, channels), or `FeatureArray`
+) -> list[slice]:  # Consecutive images, 8 MB of features or a single image
+    "Blocks of images, to read features that are larger than the memory"
+    n = max(1, _BLOCK_NUMBERS // prod(x.shape[1:]))
+    return [slice(i, min(i + n, len(x))) for i in range(0, len(x), n)]
 
 # %% ../../nbs/features/01_extraction.ipynb #d49e1714
 class Features:
@@ -100,16 +171,16 @@ class Features:
         pool: str | None = None,  # One of `pools`; `usual_pool` if None
     ) -> np.ndarray:  # float32 (images, views, channels)
         "Features as an array; one stage of one view of all images is memory-mapped and not copied"
-        pools = self.about['pools']
-        pool = self.usual_pool if pool is None else pool
-        if pool not in pools:
-            raise unknown('pool', pool, pools, 'Extract others with pools=(...)')
-        arrays = []
-        for name in _chosen(stages, self.stages):
-            fields = [_field(name, view) for view in range(self.views)]
-            views = [_stored_rows(self.stores[f], f, self.rows[f], pools.index(pool)) for f in fields]
-            arrays.append(_joined(views, 1))
-        return _joined(arrays, -1)
+        return FeatureArray(self, stages, pool)[:]
+
+    def array(
+        self,
+        stages=None,  # Name or names of stages; all if None
+        pool: str | None = None,  # One of `pools`; `usual_pool` if None
+    ) -> np.ndarray | FeatureArray:  # float32 (images, views, channels)
+        "As `numpy`; features of more than 0.25 GB are read when they are indexed by images"
+        features = FeatureArray(self, stages, pool)
+        return features[:] if fits_memory(features) else features
 
     def pandas(
         self,

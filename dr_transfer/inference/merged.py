@@ -187,12 +187,24 @@ def _merge_parquet(parts, file) -> Iterator:
 
 
 def merged_columns(
-    parts: dict[Path, PartAbout],  # From `find_parts`
-) -> Iterator[dict]:  # Column -> values; vectors as an array (n, d)
-    "Rows of all parts as columns"
+    sources: list,  # Folders of parts, and parts; or one table
+) -> tuple[PartAbout, Iterator[dict]]:  # Column -> values; vectors as an array (n, d)
+    "What the rows belong to, and the rows as columns, some at a time; ValueError as of `find_parts`"
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = Path(sources[0])
+    if len(sources) == 1 and file.is_file() and read_about(file).shard is None:
+        batches = pq.ParquetFile(file, pre_buffer=False).iter_batches(_window(file))
+        return read_about(file), _columns(pa.Table.from_batches([b]) for b in batches)
+    parts = find_parts(sources)
+    return next(iter(parts.values())), _columns(merged(parts))
+
+
+def _columns(tables) -> Iterator[dict]:
     import pyarrow as pa
 
-    for table in merged(parts):
+    for table in tables:
         columns = {}
         for f in table.schema:
             column = table[f.name].combine_chunks()

@@ -15,19 +15,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fastai.callback.schedule  # noqa: F401 (it gives a Learner fit_one_cycle, fine_tune and lr_find)
-import numpy as np
 import torch
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import no_random
 from fastcore.imports import IN_NOTEBOOK
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from ..data.sources import SourceError, image_sources
 from ..data.views import VIEWS
 from ..features.boundary import boundary_loader
 from ..features.classifiers import FeatureClassifier
-from ..features.extraction import weights_digest
+from ..features.extraction import float64_rows, image_blocks, weights_digest
 from ..models.head import Head
 from ..models.speed import kept_memory
 from ..models.stages import layer_groups
@@ -49,12 +49,12 @@ def _exact_bn(head, maps):
     if not isinstance(head[1], nn.BatchNorm1d):
         return
     f = maps.arrays[0]
-    views = [f[:, v] for v in range(f.shape[1])]  # one view at a time, to save memory
-    mean = np.mean([v.mean(0, dtype=np.float64) for v in views], 0)
-    square = np.mean([np.square(v, dtype=np.float64).mean(0, dtype=np.float64) for v in views], 0)
     n = f.shape[0] * f.shape[1]
-    head[1].running_mean.copy_(torch.from_numpy(mean))
-    head[1].running_var.copy_(torch.from_numpy((square - mean**2) * n / (n - 1)))
+    scaler = StandardScaler()
+    for images in image_blocks(f):
+        scaler.partial_fit(float64_rows(f, images))
+    head[1].running_mean.copy_(torch.from_numpy(scaler.mean_))
+    head[1].running_var.copy_(torch.from_numpy(scaler.var_ * n / (n - 1)))
 
 
 def _seed(learn) -> int:
@@ -100,7 +100,7 @@ def _run(learn, run, rates, say, quiet=False) -> list:
     return list(learn.recorder.values)
 
 # %% ../../nbs/training/07_phases.ipynb #ad2e5955
-MAX_STORED_NUMBERS = 4e8  # limit of features x views x images for solving the head
+MAX_SOLVED_NUMBERS = 2e10  # limit of features x views x images for solving the head; more takes a day
 
 
 def _unsolvable(learn, part, views) -> str:
@@ -119,7 +119,7 @@ def _unsolvable(learn, part, views) -> str:
     n_groups = groups.groupby(train.target).nunique().reindex(list(learn.dls.vocab), fill_value=0)
     if n_groups.min() < 3:
         return f"class '{n_groups.idxmin()}' has {n_groups.min()} groups in training, and choosing C needs 3 or more"
-    if len(train) * len(VIEWS[views]) * part.body.stages.n_out > MAX_STORED_NUMBERS:
+    if len(train) * len(VIEWS[views]) * part.body.stages.n_out > MAX_SOLVED_NUMBERS:
         return f'{len(train)} images have too many features'
     return ''
 

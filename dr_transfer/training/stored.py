@@ -141,7 +141,7 @@ def _stored(learn, subset, run) -> tuple[BoundaryMaps, torch.Tensor]:
     images = rows.image.tolist()
     y = torch.tensor([learn.dls.vocab.o2i[t] for t in rows.target])
     if run.part.pooled:
-        features = learner_features(learn, images, run.views, f'features ({subset})').numpy()
+        features = learner_features(learn, images, run.views, f'features ({subset})').array()
         return BoundaryMaps([features], np.arange(len(y)), run.views), y
     label = f'boundary maps ({subset})'
     return boundary_maps(images, _front(learn, run.part), _about(learn, run.views), label=label), y
