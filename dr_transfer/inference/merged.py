@@ -185,7 +185,7 @@ def _merge_parquet(parts, file) -> Iterator:
             write(table.cast(schema))
             yield table
 
-
+# %% ../../nbs/inference/09_merged.ipynb #mcolumns1
 def merged_columns(
     sources: list,  # Folders of parts, and parts; or one table
 ) -> tuple[PartAbout, Iterator[dict]]:  # Column -> values; vectors as an array (n, d)
