@@ -3,6 +3,7 @@
     export DR_TRANSFER_DATA=...          # the folder with flowers/ and dr/
     python tools/averaging.py            # both parts; trains each network once
     python tools/averaging.py dr         # one part: flowers or dr
+    python tools/averaging.py --changed  # half of the images are changed in training
 
 A quarter of the patients or photographers of a collection are test images. On the others, the default head is solved,
 and then everything is fine-tuned (plan fine_tune_averaged). There is a row for each fraction of the fine-tuned weights:
@@ -14,6 +15,9 @@ and then everything is fine-tuned (plan fine_tune_averaged). There is a row for 
 
 The metric is accuracy for flowers and the AUC of referable retinopathy for dr. Each image has one view. Nothing is
 chosen on test images. The results are written to nbs/results/averaging.csv.
+
+With --changed, fine-tuning reads half of the images as another site could have made them: each time, one of the changes
+is drawn at random. The head before it is the same. The results are written to nbs/results/averaging_changed.csv.
 """
 
 import argparse
@@ -22,18 +26,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from elsewhere import data_folder, mean, write_part
+from fasttransform import Transform
 from sklearn.metrics import roc_auc_score
 
 from dr_transfer.core import build_learner, fit
-from dr_transfer.data.acquisition import CHANGES, changed_images
+from dr_transfer.data.acquisition import CHANGES, ChangedImage, changed_images
 from dr_transfer.data.table import label_table
 from dr_transfer.data.tasks import ReadImage
 from dr_transfer.features.classifiers import grouped_folds
 from dr_transfer.models.network import view_probs
 from dr_transfer.training.average import FRACTIONS, averaged, copied_weights
 
-RESULT = Path(__file__).resolve().parent.parent / 'nbs' / 'results' / 'averaging.csv'
+RESULTS = Path(__file__).resolve().parent.parent / 'nbs' / 'results'
 FOLDERS = {'flowers': ('flowers', ()), 'dr': ('dr/messidor2', ('dr/idrid', 'dr/eyepacs'))}
 N_CHANGED = 150  # test images that are changed, each in every way
 
@@ -45,6 +51,23 @@ class TestSet:
     name: str
     images: list
     y: np.ndarray
+
+
+class HalfChanged(Transform):
+    "In training, read half of the images with a change of acquisition that is drawn each time"
+
+    split_idx = 0
+
+    def encodes(self, path):
+        name = list(CHANGES)[int(torch.randint(len(CHANGES), ()))]
+        return ChangedImage(path, name) if torch.rand(()) < 0.5 else path
+
+
+def change_training(learn):
+    "Change half of the training images of a learner, before they are read"
+    steps = learn.dls.train_ds.tls[0].tfms.fs
+    (at,) = [i for i, step in enumerate(steps) if isinstance(step, ReadImage)]
+    steps.insert(at, HalfChanged())
 
 
 def class_numbers(learn, labels) -> np.ndarray:
@@ -94,8 +117,8 @@ def test_sets(learn, root, held_out, others) -> list[TestSet]:
     return sets
 
 
-def measure(root, task) -> list[dict]:
-    "Fine-tune once; a row for each fraction"
+def measure(root, task, changed=False) -> list[dict]:
+    "Fine-tune once, with changed images if wanted; a row for each fraction"
     folder, others = FOLDERS[task]
     t = label_table(root / folder, verify=False)
     groups = t.group.where(t.group.notna(), t.image)
@@ -106,6 +129,8 @@ def measure(root, task) -> list[dict]:
     fit(learn, 'head')
     before = copied_weights(learn)
     sets = test_sets(learn, root, t.iloc[test], others)
+    if changed:
+        change_training(learn)
     after = fine_tuned(learn)
     losses = {row['fraction']: row['loss'] for row in learn.record.average_path}
     rows = []
@@ -142,11 +167,12 @@ def fine_tuned(learn) -> dict:
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('parts', nargs='*', default=list(FOLDERS))
-    p.add_argument('--out', type=Path, default=RESULT)
+    p.add_argument('--changed', action='store_true', help='change half of the images in training')
     a = p.parse_args()
     root = data_folder(p)
+    name = 'averaging_changed' if a.changed else 'averaging'
     for part in a.parts:
-        write_part(a.out, part, measure(root, part))
+        write_part(RESULTS / f'{name}.csv', part, measure(root, part, a.changed))
 
 
 if __name__ == '__main__':
