@@ -933,7 +933,7 @@ def test_errors_of_classifiers_do_not_name_images(body, paths, tmp_path):
     f = extract_features(paths, body, 32, folder=tmp_path)
     x = f.numpy('stage1').copy()
     x[4] = np.nan
-    f.numpy = lambda *a: x
+    f.array = lambda *a: x
     with pytest.raises(ValueError, match=r"1 of 7 images.*row 4.*weights of 'test_resnet' or the cache") as e:
         FeatureClassifier().fit(f, list('abababa'))
     assert str(tmp_path) in str(e.value)
